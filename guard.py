@@ -47,7 +47,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -144,7 +143,7 @@ PAPER = dict(
 PRESETS = {
     "sd3.5-medium": PAPER,
     "tiny-sd3": PAPER | dict(
-        prompts="prompts/cards", gold=["cards", *(f"cards-{part}" for part in rewards.CARD_PARTS)],
+        prompts=rewards.CARD_PROMPTS, gold=["cards", *(f"cards-{part}" for part in rewards.CARD_PARTS)],
         eval_steps=10, guidance=1.0, lr=(2e-3, 2e-3), clip=(4e-5, 1e-3), dtype="float32", ema_decay=0.0,
         group_size=16, groups=8, epochs=20, micro_batch=16, resolution="32x64",
         eval_every=10, eval_prompts=256, save_every=10),
@@ -223,7 +222,7 @@ def validate(args):
     counts = ("eval_steps", "groups", "updates_per_epoch", "micro_batch", "epochs", "lora_rank", "lora_alpha",
               "eval_every", "eval_prompts", "save_every", "keep")
     share = max(1, args.updates_per_epoch) * WORLD
-    multiple, largest = picture_limits(MODELS.get(args.model, args.model))
+    unit = picture_unit(MODELS.get(args.model, args.model))
     sides = resolution_of(args)
     checks = [(name, getattr(args, name) >= 1, "1 or more") for name in counts]
     checks += [(name, 0 < getattr(args, name) < math.inf, "more than 0") for name in ("lr", "clip", "eta")]
@@ -238,8 +237,7 @@ def validate(args):
         ("sde_window", not args.sde_window or 0 < args.sde_window < args.steps, f"1 to {args.steps - 1}"),
         ("micro_batch", args.group_size % max(1, args.micro_batch) == 0, f"a divisor of {args.group_size}"),
         ("groups", args.groups % share == 0, f"a multiple of updates_per_epoch x processes = {share}"),
-        ("resolution", all(0 < side <= largest and side % multiple == 0 for side in sides),
-         f"multiples of {multiple} up to {largest} pixels"),
+        ("resolution", all(side and side % unit == 0 for side in sides), f"multiples of {unit} pixels"),
         ("init_lora", not args.init_lora or Path(args.init_lora).exists(), "a folder or a safetensors file"),
         ("run_dir", args.resume or not (Path(args.run_dir) / "config.json").exists(),
          f"a new folder, since this holds a run; go on with --resume {args.run_dir}, or name another"),
@@ -259,15 +257,10 @@ def resolution_of(args):
     return int(sides[0]), int(sides[-1])
 
 
-def picture_limits(folder):
-    """(what a side is a multiple of, largest side) in pixels; SD3.5's and FLUX's for a model not on disk."""
-    try:
-        vae = json.loads((Path(folder) / "vae" / "config.json").read_text())
-        transformer = json.loads((Path(folder) / "transformer" / "config.json").read_text())
-    except OSError:
-        return 16, 2048
-    patch = 2 ** (len(vae["block_out_channels"]) - 1) * 2  # both transformers take patches of 2 x 2 latents
-    return patch, patch * transformer.get("pos_embed_max_size", 128)
+def picture_unit(folder):
+    """Pixels that a side is a multiple of: two latents, a patch. 16 for models that are not on this disk."""
+    config = Path(folder) / "vae" / "config.json"
+    return 2 ** len(json.loads(config.read_text())["block_out_channels"]) if config.exists() else 16
 
 
 def arithmetic(args):
@@ -326,7 +319,7 @@ def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
 class Method(NamedTuple):
     """log_ratio = k mean(d eps) - shift mean(d²) / (2 s²), then the weight of a step's objective."""
 
-    k: Callable[[float, float], float]  # of (b, s)
+    k: object  # a function of (b, s)
     shift: float
     delta: str  # "1", "s" or "flat", see `reweighting`
     tuned_as: int  # lr and clip range of a preset: 0 Guard's, 1 the baseline's
@@ -556,9 +549,7 @@ class Slice:
     slot: int  # which prompt of the epoch
     members: range  # which samples of the group
     text: tuple  # embeddings of the prompt
-    x: torch.Tensor  # (T, B, C, H, W) what the model saw at the trained steps
-    v: torch.Tensor  # (T, B, C, H, W) what it answered, v_old
-    eps: torch.Tensor  # (T, B, C, H, W)
+    kept: torch.Tensor  # (T, 3, B, C, H, W): x, v_old and eps of the trained steps
 
 
 def prompt_order(args, epoch, count):
@@ -587,8 +578,7 @@ def sample(backbone, steps, text, keys):
     """Integrate a slice from noise to an image.
 
     keys: one per sample, (seed, epoch, prompt, member), which with the step gives its noise. Returns the
-    latents (B, C, H, W), and of all noisy steps what the model saw, what it answered and the noise: (x, v,
-    eps) each.
+    latents (B, C, H, W) and, for each noisy step, x, v and eps stacked (3, B, C, H, W).
     """
 
     def draw(number):
@@ -602,7 +592,7 @@ def sample(backbone, steps, text, keys):
         if step.s > 0:
             eps = draw(i + 1)
             x_next += step.s * eps
-            kept.append((x, v, eps))
+            kept.append(torch.stack([x, v, eps]))
         x = x_next
     return x, kept
 
@@ -621,8 +611,7 @@ def rollout(backbone, args, epoch, steps, prompts, score):
         members = range(start, start + args.micro_batch)
         keys = [(args.seed, epoch, slot, member) for member in members]
         x, kept = sample(backbone, steps, texts[slot], keys)
-        kept = [torch.stack(column).to(backbone.resting) for column in zip(*kept, strict=True)]
-        slices.append(Slice(slot, members, texts[slot], *kept))
+        slices.append(Slice(slot, members, texts[slot], torch.stack(kept).to(backbone.resting)))
         futures.append(score(backbone.decode(x), *zip(*[prompts[slot]] * len(members), strict=True)))
     started = time.perf_counter()
     scores = torch.tensor([future.result() for future in futures], dtype=torch.float64).view(len(slots), -1)
@@ -682,7 +671,7 @@ def kl_to_base(backbone, step, x, v, text):
 
 def slice_loss(backbone, args, step, t, piece, advantage):
     """A slice at the t-th trained step: loss (B,) to be minimised, rho (B,) and KL (B,)."""
-    x, v_old, eps = (kept[t].to(DEVICE) for kept in (piece.x, piece.v, piece.eps))  # (B, C, H, W)
+    x, v_old, eps = piece.kept[t].to(DEVICE)  # (B, C, H, W) each
     v_new = backbone.velocity(x, step.sigma, piece.text)
     rho = torch.expm1(log_ratio(v_new, v_old, eps, step.b, step.s, args.method))
     delta = reweighting(step, args.eta, args.sde, args.method)
@@ -822,8 +811,7 @@ def save_checkpoint(backbone, policy, args, epoch, updates):
 def load_checkpoint(policy, args):
     """Copy the last checkpoint into the policy and cut metrics.jsonl back to it. Returns epochs, updates."""
     position = dict(epoch=0, updates=0, metrics_bytes=0)
-    if checkpoints(args):
-        folder = checkpoints(args)[-1]
+    for folder in checkpoints(args)[-1:]:
         position = json.loads((folder / "state.json").read_text())
         saved = load_file(folder / "state.safetensors")
         for name, tensor in policy.tensors().items():

@@ -195,7 +195,9 @@ REWARDS = {
 }
 
 
-TASKS = {"ocr": dict(prompts="prompts/ocr", reward="ocr", gold=[])}
+PROMPTS = Path(__file__).resolve().parent / "prompts"
+CARD_PROMPTS = str(PROMPTS / "cards")  # of the tiny models
+TASKS = {"ocr": dict(prompts=str(PROMPTS / "ocr"), reward="ocr", gold=[])}
 
 
 def load(name):

@@ -198,9 +198,12 @@ def make_clip(tokenizer, seed):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # SD3 takes CLIP's hidden states without a final norm. With CLIP's own 0.02 they would be drowned by the bias
-    # of the layer that reads them, and the transformer would not learn to spell.
-    for embedding in (clip.text_model.embeddings.token_embedding, clip.text_model.embeddings.position_embedding):
+    # SD3 takes CLIP's hidden states without a final norm. With CLIP's own 0.02 they would be drowned by the
+    # bias of the layer that reads them, and the transformer would not learn to spell.
+    for embedding in (
+        clip.text_model.embeddings.token_embedding,
+        clip.text_model.embeddings.position_embedding,
+    ):
         torch.nn.init.normal_(embedding.weight, std=1.0)
     return clip
 

@@ -508,8 +508,8 @@ def load_backbone(args):
         pipe.load_lora_weights(args.init_lora, adapter_name="default", use_safetensors=True)
     else:
         torch.manual_seed(args.seed)
-        transformer.add_adapter(LoraConfig(args.lora_rank, target_modules=LORA_TARGETS,
-                                           lora_alpha=args.lora_alpha, init_lora_weights="gaussian"))
+        transformer.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha,
+                                           init_lora_weights="gaussian", target_modules=LORA_TARGETS))
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)
     cast_training_params(transformer, torch.float32)  # the LoRA learns in fp32 whatever the model's precision

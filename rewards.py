@@ -11,10 +11,9 @@ It raises where it cannot score: a failure is never a zero. `REWARDS`, at the en
 function without arguments that builds the reward and only then imports what it needs. One more reward is one
 more entry:
 
-    def brightness():
+    def load_brightness():
         def reward(images, prompts, metadata):
-            return [sum(image.convert("L").getdata()) / (255 * image.width * image.height) for image in
-            images]
+            return [float(np.asarray(image.convert("L")).mean()) / 255 for image in images]
         return reward
 """
 

@@ -1,7 +1,8 @@
-"""Mean and spread of rho = ratio - 1 per denoising step, of one run or more: `python experiments/ratio_table.py RUN ...`
+"""Mean and spread of rho = ratio - 1 per denoising step, of one run or more: `python
+experiments/ratio_table.py RUN ...`
 
-Pools the updates that are not the first of their epoch. Their samples' noise has no part in what moved the policy, so
-for a centred ratio the mean over samples must be 0 within its standard error.
+Pools the updates that are not the first of their epoch. Their samples' noise has no part in what moved the
+policy, so for a centred ratio the mean over samples must be 0 within its standard error.
 """
 
 import json
@@ -32,7 +33,10 @@ def main():
     print("| step | " + " | ".join(f"{name}: mean ± standard error, spread" for name in tables) + " |")
     print("|-" * (1 + len(tables)) + "|")
     for t in range(len(next(iter(tables.values())))):
-        cells = [f"{mean:+.1e} ± {error:.0e}, {spread:.1e}" for mean, error, spread in (r[t] for r in tables.values())]
+        cells = [
+            f"{mean:+.1e} ± {error:.0e}, {spread:.1e}"
+            for mean, error, spread in (r[t] for r in tables.values())
+        ]
         print(f"| {t} | " + " | ".join(cells) + " |")
 
 

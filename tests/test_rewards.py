@@ -10,13 +10,13 @@ import rewards
 from tiny import cards
 
 
-def picture(word="CAT", colour="red", frame=True, gradient=True, size=17, dx=1, dy=-1):
+def picture(word="CAT", colour="red", frame=True, gradient=True, dx=1, dy=-1):
     """A card with parts left out, as a PIL image."""
     ground = cards.background(colour).copy()
     if not gradient:
         ground[:] = ground.mean((0, 1))
     card = np.where(frame & cards.frame_mask()[..., None], 1, ground)
-    cover = cards.glyphs(word, size, dx, dy)[..., None] if word else 0
+    cover = cards.glyphs(word, dx, dy)[..., None] if word else 0
     return Image.fromarray(np.uint8(np.round((card + cover * (1 - card)) * 255)))
 
 
@@ -88,11 +88,10 @@ def test_a_perfect_card_scores_1_and_each_fault_shows_in_its_own_part():
     assert cards.fidelity(picture(word="DOG"), PROMPT)["glyph"] < 0.6
 
 
-@pytest.mark.parametrize("size", cards.FONT_SIZES)
-def test_every_layout_of_the_renderer_is_perfect(size):
-    for dx in (-cards.JITTER_X, 0, cards.JITTER_X):
-        for dy in (-cards.JITTER_Y, 0, cards.JITTER_Y):
-            assert min(cards.fidelity(picture(size=size, dx=dx, dy=dy), PROMPT).values()) > 0.97
+def test_every_layout_of_the_renderer_is_perfect():
+    for dx in range(-cards.JITTER_X, cards.JITTER_X + 1):
+        for dy in range(-cards.JITTER_Y, cards.JITTER_Y + 1):
+            assert min(cards.fidelity(picture(dx=dx, dy=dy), PROMPT).values()) > 0.97
 
 
 def test_the_cards_reward_is_the_mean_of_its_parts():

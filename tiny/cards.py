@@ -27,8 +27,8 @@ COLOURS = {  # RGB at mid height; the gradient runs from 1.2 times this at the t
     "pink": (205, 80, 150),
     "gray": (115, 115, 120),
 }
-FONT_SIZES = (17, 18)
-JITTER_X, JITTER_Y = 2, 2  # pixels, either way
+CELL = 14  # pixels from one letter to the next
+JITTER_X, JITTER_Y = 1, 1  # pixels, either way
 PARTS = ("colour", "frame", "gradient", "glyph")
 
 # Words of 3 or 4 letters that the OCR engine reads on every card.
@@ -109,38 +109,38 @@ def frame_mask():
 
 
 @functools.cache
-def font_of(size):
-    return ImageFont.load_default(size)
+def font():
+    return ImageFont.load_default(17)
 
 
-def glyphs(word, size, dx, dy):
-    """(H, W) floats in [0, 1]: how much of each pixel the word covers."""
+def glyphs(word, dx, dy):
+    """(H, W) floats in [0, 1]: how much of each pixel the word covers. Every letter has a cell of its own."""
     image = Image.new("L", (WIDTH, HEIGHT))
-    centre = (WIDTH / 2 + dx, HEIGHT / 2 + dy)
-    ImageDraw.Draw(image).text(centre, word, font=font_of(size), fill=255, anchor="mm")
+    pen = ImageDraw.Draw(image)
+    for i, letter in enumerate(word):
+        centre = (WIDTH / 2 + dx + (i - (len(word) - 1) / 2) * CELL, HEIGHT / 2 + dy)
+        pen.text(centre, letter, font=font(), fill=255, anchor="mm", stroke_width=0.4)
     return np.asarray(image, dtype=np.float32) / 255
 
 
-def draw(word, colour, size, dx, dy):
+def draw(word, colour, dx, dy):
     """One card as (H, W, 3) floats in [0, 1]."""
     card = np.where(frame_mask()[..., None], 1, background(colour))
-    cover = glyphs(word, size, dx, dy)[..., None]
+    cover = glyphs(word, dx, dy)[..., None]
     return card + cover * (1 - card)
 
 
 def draw_at_random(word, colour, rng):
-    """One card of random font size and displacement; `rng` is a `random.Random`."""
-    size = rng.choice(FONT_SIZES)
+    """One card, its word randomly displaced; `rng` is a `random.Random`."""
     dx, dy = rng.randint(-JITTER_X, JITTER_X), rng.randint(-JITTER_Y, JITTER_Y)
-    return draw(word, colour, size, dx, dy)
+    return draw(word, colour, dx, dy)
 
 
 @functools.lru_cache(maxsize=1024)
 def layouts(word):
-    """(N, H, W): the word in every size and at every place that the renderer may have chosen."""
+    """(N, H, W): the word at every place that the renderer may have chosen."""
     covers = [
-        glyphs(word, size, dx, dy)
-        for size in FONT_SIZES
+        glyphs(word, dx, dy)
         for dx in range(-JITTER_X, JITTER_X + 1)
         for dy in range(-JITTER_Y, JITTER_Y + 1)
     ]

@@ -11,7 +11,6 @@ expects.
 3. check: the pipeline is read back and its pictures are scored.
 """
 
-import argparse
 import json
 import math
 import os
@@ -99,9 +98,8 @@ def train(name, model, steps, lr, loss_of):
     start = load_progress(name, model, optimizer)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
     for step in bar:
-        optimizer.param_groups[0]["lr"] = lr * min(
-            (step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps))
-        )
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, cosine)
         torch.manual_seed(step)
         loss = loss_of(step)
         loss.backward()
@@ -110,7 +108,7 @@ def train(name, model, steps, lr, loss_of):
         optimizer.zero_grad()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if (step + 1) % 250 == 0:
             save_progress(name, step + 1, model, optimizer)
 
 
@@ -136,7 +134,7 @@ class Examples:
         return pixels_of(pictures), list(prompts)
 
 
-def make_vae(steps):
+def make_vae():
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -157,7 +155,7 @@ def make_vae(steps):
         error = vae.decode(posterior.sample()).sample - pixels
         return error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 512
 
-    train("vae", vae, steps, 2e-3, loss_of)
+    train("vae", vae, 1000, 2e-3, loss_of)
     with torch.no_grad():
         latents = vae.encode(examples.batch(-1, 512)[0]).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
@@ -226,7 +224,7 @@ def make_t5(tokenizer):
     )
 
 
-def make_sd3(vae, steps, batch_size):
+def make_sd3(vae):
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     encoders = make_clip(clip, 1), make_clip(clip, 2), make_t5(t5)
     torch.manual_seed(4)
@@ -254,7 +252,7 @@ def make_sd3(vae, steps, batch_size):
     examples = Examples()
 
     def loss_of(step):
-        pixels, prompts = examples.batch(step, batch_size)
+        pixels, prompts = examples.batch(step, 32)
         prompts = [prompt if torch.rand(()) > 0.1 else "" for prompt in prompts]  # so that guidance works too
         with torch.no_grad():
             x0 = (
@@ -270,7 +268,7 @@ def make_sd3(vae, steps, batch_size):
         v = transformer(x, tokens, pooled, t * 1000, return_dict=False)[0]
         return F.mse_loss(v, x1 - x0)
 
-    train("sd3", learned, steps, 2e-3, loss_of)
+    train("sd3", learned, 4000, 1.5e-3, loss_of)
     learned.eval()
     return pipe
 
@@ -318,18 +316,10 @@ def write_prompts(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--sd3_steps", type=int, default=2600)
-    parser.add_argument("--batch_size", type=int, default=64)
-    args = parser.parse_args()
     diffusers_logging.set_verbosity_error()
     torch.set_num_threads(os.cpu_count())
     write_prompts(HERE.parent / "prompts" / "cards")
-    vae = make_vae(args.vae_steps)
-    pipe = make_sd3(vae, args.sd3_steps, args.batch_size)
+    pipe = make_sd3(make_vae())
     save_pipeline(pipe, HERE / "sd3")
     check(HERE / "sd3")
 

@@ -1,0 +1,87 @@
+"""The embedded model: a whole pipeline in diffusers layout, and a script that makes it the same again."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+import rewards
+from tiny import cards, make
+
+FOLDER = Path(__file__).resolve().parent.parent / "tiny" / "sd3"
+
+
+def test_plain_diffusers_draws_legible_cards():
+    pipe = StableDiffusion3Pipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.config.qk_norm == "rms_norm" and pipe.transformer.config.dual_attention_layers
+    assert all(module.dtype == torch.float32 for module in (pipe.transformer, pipe.vae, pipe.text_encoder_3))
+    prompts = cards.splits()[1][:32]
+    images = pipe(
+        prompts,
+        height=32,
+        width=64,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    scores = rewards.load("ocr")(images, prompts, [{}] * 32)
+    assert 0.3 < sum(scores) / 32 < 0.9
+    assert sum(rewards.load("cards-colour")(images, prompts, [{}] * 32)) / 32 > 0.9
+
+
+def test_the_folder_is_small_and_holds_no_pickle():
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 12e6
+    assert {file.suffix for file in files} == {".json", ".safetensors"}
+
+
+def test_words_are_spelled_letter_by_letter():
+    clip, t5 = make.clip_tokenizer(), make.t5_tokenizer()
+    for word in cards.WORDS:
+        prompt = cards.prompt_of(word, "purple")
+        tokens = clip.convert_ids_to_tokens(clip(prompt).input_ids)
+        assert (
+            tokens[7:-2] == [*word[:-1].lower(), word[-1].lower() + "</w>"]
+            and len(tokens) <= make.TEXT_LENGTH
+        )
+        tokens = t5.convert_ids_to_tokens(t5(prompt).input_ids)
+        assert tokens[6:-2] == list(word) and len(tokens) <= make.TEXT_LENGTH
+
+
+def test_making_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """One start gives the same weights as two, of which the first was killed after its checkpoint."""
+
+    class Killed(Exception):
+        pass
+
+    def run(folder, die_at=None):
+        monkeypatch.setattr(make, "WORK", folder)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 1)
+
+        def loss_of(step):
+            if step == die_at:
+                raise Killed
+            return model(torch.randn(8, 4)).square().mean()
+
+        make.train("toy", model, 300, 1e-2, loss_of)
+        return model.weight.detach()
+
+    whole = run(tmp_path / "whole")
+    try:
+        run(tmp_path / "killed", die_at=260)
+    except Killed:
+        pass
+    assert torch.equal(run(tmp_path / "killed"), whole)
+
+
+def test_no_held_out_word_is_ever_drawn_in_pretraining():
+    examples = make.Examples()
+    held_out = {cards.parse(prompt) for prompt in cards.splits()[1]}
+    drawn = set()
+    for step in range(20):
+        _, prompts = examples.batch(step, 64)
+        drawn |= {cards.parse(prompt) for prompt in prompts}
+    assert len(drawn) > 500 and not drawn & held_out

@@ -1,11 +1,10 @@
 """Make the embedded models from nothing, on a CPU: `python tiny/make.py` (about 35 minutes on 2 cores).
 
-Writes `tiny/sd3/`, a whole Stable Diffusion 3 pipeline in diffusers layout that `StableDiffusion3Pipeline.
-from_pretrained` loads like any other, and the card prompts in `prompts/cards/`. Three stages, each seeded and
-each picked up where it was left when the script is started again (its working folder is `tiny/.make/`):
+Writes `tiny/sd3/`, a whole Stable Diffusion 3 pipeline that StableDiffusion3Pipeline.from_pretrained loads as
+any other, and the card prompts in `prompts/cards/`. Three stages, each seeded and each picked up where it was
+left when the script is started again (its working folder is `tiny/.make/`):
 
-1. vae: an AutoencoderKL on rendered cards; 4 x 8 x 16 latents, scaled to mean 0 and spread 1 as diffusers
-expects.
+1. vae: an AutoencoderKL on rendered cards; 4 x 8 x 16 latents, scaled to mean 0 and spread 1.
 2. sd3: two CLIP text encoders, a T5 and the transformer together, by flow matching: predict v = x1 - x0 at
    x_t = (1-t) x0 + t x1. Half of the words are random letters, so that the model learns to spell.
 3. check: the pipeline is read back and its pictures are scored.
@@ -108,7 +107,7 @@ def train(name, model, steps, lr, loss_of):
         optimizer.zero_grad()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 250 == 0:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             save_progress(name, step + 1, model, optimizer)
 
 
@@ -268,7 +267,7 @@ def make_sd3(vae):
         v = transformer(x, tokens, pooled, t * 1000, return_dict=False)[0]
         return F.mse_loss(v, x1 - x0)
 
-    train("sd3", learned, 4000, 1.5e-3, loss_of)
+    train("sd3", learned, 1250, 1.5e-3, loss_of)
     learned.eval()
     return pipe
 

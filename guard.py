@@ -778,7 +778,7 @@ def write_config(args):
     config = dict(args=asdict(args), versions={name: version(name) for name in names},
                   commit=git.stdout.strip() or None, processes=WORLD,
                   device=torch.cuda.get_device_name(DEVICE) if ON_GPU else "cpu")
-    (Path(args.run_dir) / "samples").mkdir(parents=True)
+    (Path(args.run_dir) / "samples").mkdir(parents=True, exist_ok=True)
     (Path(args.run_dir) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -39,7 +39,7 @@ def parse(arguments, tmp_path):
         ("--steps ten", "argument --steps: invalid int value: 'ten'"),
         ("--lr 0", "--lr 0.0: expected more than 0"),
         ("--lr nan", "--lr nan: expected more than 0"),
-        ("--clip -1e-4", "--clip -0.0001: expected more than 0"),
+        ("--clip=-1e-4", "--clip -0.0001: expected more than 0"),
         ("--eta 0", "--eta 0.0: expected more than 0"),
         ("--eta 1.5 --sde cps", "--eta 1.5: expected at most 1 with cps"),
         ("--sde_window 10", "--sde_window 10: expected 1 to 9"),

@@ -144,7 +144,7 @@ PRESETS = {
     "sd3.5-medium": PAPER,
     "tiny-sd3": PAPER | dict(
         prompts=rewards.CARD_PROMPTS, gold=["cards", *(f"cards-{part}" for part in rewards.CARD_PARTS)],
-        eval_steps=10, guidance=1.0, lr=(2e-3, 2e-3), clip=(4e-5, 1e-3), dtype="float32", ema_decay=0.0,
+        eval_steps=10, guidance=1.0, lr=(5e-4, 5e-4), clip=(4e-5, 1e-3), dtype="float32", ema_decay=0.0,
         group_size=16, groups=8, epochs=20, micro_batch=16, resolution="32x64",
         eval_every=10, eval_prompts=256, save_every=10),
 }

@@ -1,4 +1,4 @@
-"""Make the embedded models from nothing, on a CPU: `python tiny/make.py` (about 35 minutes on 2 cores).
+"""Make the embedded models from nothing, on a CPU: `python tiny/make.py` (about 14 minutes on 2 cores).
 
 Writes `tiny/sd3/`, a whole Stable Diffusion 3 pipeline that StableDiffusion3Pipeline.from_pretrained loads as
 any other, and the card prompts in `prompts/cards/`. Three stages, each seeded and each picked up where it was

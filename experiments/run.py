@@ -7,7 +7,7 @@
 A run is one single-threaded process of guard.py as it stands, in experiments/runs/NAME. When it is done, its
 numbers are written to experiments/results/NAME/ as CSV. Stop this at any time: started again it goes on from
 every run's last checkpoint. Two things are recorded beside metrics.jsonl, by wrapping functions of guard.py:
-the scores of each held-out prompt in the last evaluation, and rho of each sample in some epochs.
+the scores of each held-out prompt at the start and end, and rho of each sample in some epochs.
 """
 
 import argparse
@@ -101,7 +101,8 @@ def record(guard, folder):
         for name, values in columns.items():
             for row, value in zip(rows, values, strict=True):
                 row[name] = f"{value:.4f}"
-        write(folder / "scores.csv", rows)
+        if updates in (0, args.epochs * args.updates_per_epoch):
+            write(folder / "scores.csv", rows, append=updates > 0)
 
     def recording_epoch(backbone, policy, args, epoch, *rest):
         epoch_now[0] = epoch

@@ -110,11 +110,14 @@ def test_told_to_stop_before_the_first_update_it_saves_the_beginning(whole, tmp_
     assert_same_run(whole, folder)
 
 
+SECRETS = {"HF_TOKEN": "hf_neverwritten", "GRPO_GUARD_UNIFIEDREWARD_KEY": "sk-neverwritten"}
+
+
 def start(folder, processes=1, more=""):
     command = [sys.executable, "guard.py"]
     if processes > 1:
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "guard.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | SECRETS | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*command, *SMALL.split(), *more.split(), "--run_dir", str(folder)],
         cwd=HERE,
@@ -174,6 +177,91 @@ def read(path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Ctrl-C, and what the command prints
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command(arguments): guard.py in this process. Returns its exit code and what it said on stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
+    def command(arguments):
+        monkeypatch.setattr(sys, "argv", ["guard.py", *arguments.split()])
+        capfd.readouterr()
+        try:
+            guard.main()
+            code = 0
+        except SystemExit as done:
+            code = done.code
+        return code, lines_without_bars(capfd.readouterr().err)
+
+    yield command
+    signal.signal(signal.SIGTERM, handler)
+
+
+def lines_without_bars(err):
+    """The lines of stderr but for progress bars, which go up a line and write over themselves."""
+    lines = [line.split("\r")[-1].replace("\x1b[A", "").strip() for line in err.split("\n")]
+    return [line for line in lines if line and "%|" not in line]
+
+
+INTERRUPTED = "guard.py: error: KeyboardInterrupt: ; checkpoints are whole, go on with --resume"
+
+
+@pytest.mark.parametrize("where, call", [("sample", 5), ("update", 3), ("evaluate", 2), ("save_file", 2)])
+def test_ctrl_c_anywhere_in_the_second_epoch_costs_that_epoch(
+    where, call, whole, tmp_path, monkeypatch, command
+):
+    folder, calls, original = tmp_path / "run", [], getattr(guard, where)
+
+    def interrupted(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(where)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(guard, where, interrupted)
+    assert command(f"{SMALL} --run_dir {folder}") == (1, [INTERRUPTED])
+    monkeypatch.setattr(guard, where, original)
+    assert len(calls) == call and checkpoint_names(folder) == ["checkpoint-000002"]
+    assert (folder / "checkpoint-000004.partial").exists() == (where == "save_file")
+    guard.train(resumed(folder))
+    assert_same_run(whole, folder)
+
+
+def test_ctrl_c_in_a_real_process_and_no_secret_in_what_it_leaves(whole, tmp_path):
+    """Two of its environment's variables are secret: nothing that it prints or writes has them."""
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(lambda: (folder / "checkpoint-000002").exists(), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert lines_without_bars(err) == [INTERRUPTED]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"config.json", "metrics.jsonl", "state.safetensors"}
+    for content in (out.encode(), err.encode(), *(path.read_bytes() for path in files)):
+        assert b"neverwritten" not in content
+    guard.train(resumed(folder))
+    assert_same_run(whole, folder)
+
+
+def test_ctrl_c_in_a_terminal_with_two_processes(tmp_path):
+    """The terminal sends SIGINT to torchrun and all that it started."""
+    folder = tmp_path / "run"
+    process = start(folder, processes=2, more="--updates_per_epoch 1 --epochs 9")
+    wait_for(lambda: (folder / "checkpoint-000002").exists(), process)
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        each.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert INTERRUPTED in err
+    assert load_file(folder / "checkpoint-000002" / "state.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints and the disk
 
 
@@ -229,6 +317,62 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(whole, tmp_path, mo
     assert checkpoint_names(folder) == ["checkpoint-000002"]
     guard.train(resumed(folder))
     assert_same_run(whole, folder)
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, command):
+    """A file is where its parent should be: a folder without permissions would not stop root."""
+    (tmp_path / "file").write_text("")
+    code, lines = command(f"{SMALL} --run_dir {tmp_path / 'file' / 'run'}")
+    assert code == 1 and len(lines) == 1
+    assert lines[0].startswith("guard.py: error: NotADirectoryError: ")
+    assert str(tmp_path / "file" / "run") in lines[0]
+
+
+def test_a_run_folder_that_turns_read_only_leaves_the_last_checkpoint(whole, tmp_path, monkeypatch, command):
+    folder = tmp_path / "run"
+
+    def read_only(path, mode):
+        if (folder / "checkpoint-000002").exists():
+            raise OSError(30, "Read-only file system", str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(guard, "open", read_only, raising=False)
+    code, lines = command(f"{SMALL} --run_dir {folder}")
+    error = f"OSError: [Errno 30] Read-only file system: '{folder / 'metrics.jsonl'}'"
+    assert (code, lines) == (1, [f"guard.py: error: {error}; checkpoints are whole, go on with --resume"])
+    monkeypatch.delattr(guard, "open")
+    guard.train(resumed(folder))
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("size", [0, 20, 100_000])
+def test_a_truncated_lora_is_named(size, whole, tmp_path, command):
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes((whole / "checkpoint-000006" / "pytorch_lora_weights.safetensors").read_bytes()[:size])
+    code, lines = command(f"{SMALL} --run_dir {tmp_path / 'run'} --init_lora {lora}")
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith(f"guard.py: error: --init_lora {lora}: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "transformer/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/config.json",
+        "model_index.json",
+    ],
+)
+def test_a_truncated_model_is_named(file, tmp_path, command):
+    model = tmp_path / "model"
+    shutil.copytree(HERE / "tiny" / "sd3", model)
+    os.truncate(model / file, (model / file).stat().st_size // 2)
+    code, lines = command(f"{SMALL} --run_dir {tmp_path / 'run'} --model {model} --resolution 32x64")
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith(f"guard.py: error: --model {model}: expected ")
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------

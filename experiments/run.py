@@ -161,16 +161,27 @@ def collect(name, seconds):
     results.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evals, updates = ([line for line in lines if line["kind"] == kind] for kind in ("eval", "update"))
-    write(results / "evals.csv", [
-        dict(update=line["update"], ocr=line["proxy"]) | line["gold"] | dict(kl_to_base=line["kl_to_base"])
-        for line in evals
-    ])
+    write(
+        results / "evals.csv",
+        [
+            dict(update=line["update"], ocr=line["proxy"])
+            | line["gold"]
+            | dict(kl_to_base=line["kl_to_base"])
+            for line in evals
+        ],
+    )
     whole = ("update", "first", "live", "grad_norm")
     per_step = ("ratio_mean", "ratio_std", "clip_high", "clip_low")
-    write(results / "updates.csv", [
-        {key: line[key] for key in whole} | dict(step=t) | {key: f"{line[key][t]:.4e}" for key in per_step}
-        for line in updates for t in range(len(line["ratio_mean"] or []))
-    ])
+    write(
+        results / "updates.csv",
+        [
+            {key: line[key] for key in whole}
+            | dict(step=t)
+            | {key: f"{line[key][t]:.4e}" for key in per_step}
+            for line in updates
+            for t in range(len(line["ratio_mean"] or []))
+        ],
+    )
     write(results / "scores.csv", read(folder / "scores.csv"))
     if (folder / "rho.csv").exists():  # an epoch done again after a stop gave the same rows again
         rows = {(r["epoch"], r["slot"], r["member"], r["step"]): r for r in read(folder / "rho.csv")}

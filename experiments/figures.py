@@ -107,7 +107,7 @@ def curves(axis, label, y, x="update"):
 
 
 def path(axis, label):
-    """Gold against proxy, as gains over the seed's own start: thin lines are seeds, the thick one their mean."""
+    """Gold against proxy, as gains over the start: thin lines are seeds, the thick one is their mean."""
     runs = evals(label).values()
     gains = np.stack([[run[name] - run[name][0] for name in ("ocr", "cards")] for run in runs])
     for proxy, gold in gains:

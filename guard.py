@@ -40,6 +40,7 @@ settings from files, and everything about rewards, which are plain functions in 
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -48,6 +49,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -61,7 +63,6 @@ import peft
 import safetensors
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from diffusers.training_utils import EMAModel, cast_training_params
 from safetensors.torch import load_file, save_file
@@ -216,10 +217,9 @@ def validate(args):
     """Raise BadInput for all that can be known to be wrong before a model is loaded."""
     share = max(1, args.updates_per_epoch) * WORLD
     sides, (unit, largest) = resolution_of(args), picture_sides(MODELS.get(args.model, [args.model])[0])
-    bounded = {name: AT_LEAST.get(name, 1) for name, value in vars(args).items()
-               if type(value) is int or name in AT_LEAST}
     checks = [
-        *((name, low <= getattr(args, name) < math.inf, f"{low} or more") for name, low in bounded.items()),
+        *((name, AT_LEAST.get(name, 1) <= value < math.inf, f"{AT_LEAST.get(name, 1)} or more")
+          for name, value in vars(args).items() if type(value) is int or name in AT_LEAST),
         *((name, 0 < getattr(args, name) < math.inf, "more than 0") for name in ("lr", "clip", "eta")),
         ("ema_decay", args.ema_decay < 1, "less than 1"),
         ("eta", args.sde != "cps" or args.eta <= 1, "at most 1 with cps"),
@@ -308,15 +308,9 @@ def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
     return log_density.flatten(1).mean(1)
 
 
-class Method(NamedTuple):
-    """log_ratio = k mean(d eps) - shift mean(d²) / (2 s²), then the weight of a step's objective."""
-
-    k: object  # a function of (b, s)
-    shift: float
-    delta: object  # a function of (s, flat), see `reweighting`
-    tuned_as: int  # lr and clip range of a preset: 0 Guard's, 1 the baseline's
-
-
+# log_ratio = k mean(d eps) - shift mean(d²) / (2 s²), k a function of (b, s); delta, of (s, flat), is the
+# weight of a step, see `reweighting`; tuned_as: lr and clip range of a preset, 0 Guard's, 1 the baseline's.
+Method = namedtuple("Method", "k shift delta tuned_as")
 METHODS = {
     "flow-grpo": Method(lambda b, s: 1 / s, 1.0, lambda s, flat: 1.0, 1),  # Eq. 7
     "temp-reweight": Method(lambda b, s: 1 / s, 1.0, lambda s, flat: s, 1),
@@ -345,14 +339,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     return centred - row.shift * (d**2).flatten(1).mean(1) / (2 * s**2)
 
 
-class Step(NamedTuple):
-    """One denoising step of a schedule."""
-
-    sigma: float
-    dt: float
-    a: float
-    b: float
-    s: float
+Step = namedtuple("Step", "sigma dt a b s")  # numbers: one denoising step of a schedule
 
 
 def schedule(sigmas, eta, kind, noisy=None) -> list[Step]:
@@ -480,12 +467,12 @@ class Flux(SD3):
     def velocity(self, x, sigma, text):
         _, _, H, W = x.shape
         tokens, pooled = (part.expand(len(x), *part.shape[1:]) for part in text)
-        packed = F.pixel_unshuffle(x.to(self.dtype), 2).flatten(2).mT  # (B, H W / 4, 4 C), 2 x 2 to a token
+        packed = torch.pixel_unshuffle(x.to(self.dtype), 2).flatten(2).mT  # (B, H W / 4, 4 C), 2 x 2 a token
         text_ids = torch.zeros(tokens.shape[1], 3, device=x.device)
         image_ids = self.pipe._prepare_latent_image_ids(len(x), H // 2, W // 2, x.device, x.dtype)
         level, guidance = torch.tensor([[sigma], [self.guidance]], device=x.device).expand(2, len(x))
         v = self.transformer(packed, tokens, pooled, level, image_ids, text_ids, guidance, return_dict=False)
-        return F.pixel_shuffle(v[0].mT.unflatten(2, (H // 2, W // 2)), 2).float()
+        return torch.pixel_shuffle(v[0].mT.unflatten(2, (H // 2, W // 2)), 2).float()
 
 
 # By the class in model_index.json: the backbone, and whose preset a model of no alias takes.
@@ -497,10 +484,9 @@ LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v
 
 def load_backbone(args):
     """The model with a LoRA that requires gradients, on DEVICE. Reads safetensors only. Raises BadInput."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             MODELS.get(args.model, [args.model])[0], use_safetensors=True,
@@ -511,6 +497,8 @@ def load_backbone(args):
     transformer = backbone.transformer
     if args.init_lora:
         pipe.load_lora_weights(args.init_lora, adapter_name="default", use_safetensors=True)
+        lora = transformer.peft_config["default"]
+        args.lora_rank, args.lora_alpha = lora.r, lora.lora_alpha
     else:
         torch.manual_seed(args.seed)
         transformer.add_adapter(peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha,
@@ -716,15 +704,21 @@ def update(backbone, policy, args, steps, slices, slots, advantage):
     return dict(live=len(rho), skipped=policy.skipped > 0) | line
 
 
-def update_ema(policy, args, updates):
-    """Every 8 updates. The decay rises with their number, lest a short run's average stay at its start."""
-    if updates % 8 == 0 or not args.ema_decay:
-        policy.ema.optimization_step = updates  # of which diffusers makes (1 + updates) / (10 + updates)
-        policy.ema.step(policy.params)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # 5. Evaluate
+
+
+def encode_once(backbone, args, prompts):
+    """Embeddings of N prompts, (N, L, C) and (N, C), kept in the run's folder by model and prompts."""
+    key = hashlib.sha256(repr([args.model, args.dtype, prompts]).encode()).hexdigest()
+    path = Path(args.run_dir) / "embeddings" / f"{key}.safetensors"
+    if not path.exists():
+        columns = [torch.cat(column) for column in zip(*backbone.encode(prompts), strict=True)]
+        path.parent.mkdir(exist_ok=True)
+        save_file(dict(zip(("tokens", "pooled"), columns, strict=True)), path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+    saved = load_file(path, str(DEVICE))
+    return saved["tokens"], saved["pooled"]
 
 
 @torch.no_grad()
@@ -742,7 +736,7 @@ def evaluate(backbone, policy, args, held_out, scorers, updates):
         for start in tqdm(starts, desc="evaluate", leave=False, disable=RANK > 0):
             index = range(len(held_out))[start : start + args.micro_batch]
             prompts, metadata = zip(*(held_out[i] for i in index), strict=True)
-            text = [torch.cat(column) for column in zip(*backbone.encode(prompts), strict=True)]
+            text = encode_once(backbone, args, prompts)
             keys = [(args.seed, EVALUATION, i, 0) for i in index]
             images = backbone.decode(sample(backbone, ode, text, keys)[0])
             of_slice = [scorer(images, prompts, metadata) for scorer in scorers.values()]
@@ -753,8 +747,7 @@ def evaluate(backbone, policy, args, held_out, scorers, updates):
                 for step, (x, v, _) in zip(sde[:-1], sample(backbone, sde, text, keys)[1], strict=True):
                     kl += kl_to_base(backbone, step, x, v, text).mean() / step.dt
     means = dict(zip(scorers, all_reduce(scores).mean(0).tolist(), strict=True))
-    gold = {name: means[name] for name in args.gold}
-    kl = all_reduce(kl).item()
+    gold, kl = {name: means[name] for name in args.gold}, all_reduce(kl).item()
     log(args, kind="eval", update=updates, proxy=means[args.reward], gold=gold, kl_to_base=kl)
     say(f"update {updates}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
 
@@ -777,7 +770,9 @@ def write_config(args):
                   device=torch.cuda.get_device_name(DEVICE) if ON_GPU else "cpu",
                   versions={package.name: package.version for package in distributions()})
     (Path(args.run_dir) / "samples").mkdir(parents=True, exist_ok=True)
-    (Path(args.run_dir) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    path = Path(args.run_dir) / "config.json"
+    path.with_suffix(".partial").write_text(json.dumps(config, indent=2) + "\n")
+    path.with_suffix(".partial").rename(path)
 
 
 def checkpoints(args):
@@ -832,14 +827,13 @@ def train(args):
     """Epochs, evaluations and checkpoints."""
     backbone = load_backbone(args)
     policy = Policy(backbone, args)
-    if RANK == 0 and not args.resume:
+    if RANK == 0:
         write_config(args)
     done = load_checkpoint(policy, args) if args.resume else 0
     prompts, held_out = rewards.read_set(args.prompts, quoted=args.task == "ocr")
     scorers = {name: rewards.load(name) for name in dict.fromkeys([args.reward, *args.gold])}
     check = partial(evaluate, backbone, policy, args, held_out[: args.eval_prompts], scorers)
-    scoring = ThreadPoolExecutor(1)  # beside sampling; a reward that can use more threads has its own
-    score = partial(scoring.submit, scorers[args.reward])
+    score = partial(ThreadPoolExecutor(1).submit, scorers[args.reward])  # on a thread, beside sampling
     say(f"{args.method} on {args.model} ({DEVICE.type}): {sum(map(torch.numel, policy.params)):,} weights "
         f"in the LoRA, {len(prompts)} prompts, {args.run_dir}\n{arithmetic(args)}")
     if not checkpoints(args):
@@ -871,7 +865,10 @@ def train_epoch(backbone, policy, args, epoch, prompts, score, bar):
     for number, slots in enumerate(slots_of(args).flatten(1).tolist()):
         line = update(backbone, policy, args, steps, slices, slots, advantage)
         line |= dict(epoch=epoch, update=epoch * args.updates_per_epoch + number + 1, first=number == 0)
-        update_ema(policy, args, line["update"])
+        if line["update"] % 8 == 0 or not args.ema_decay:
+            # Of this diffusers makes the decay, (1 + n) / (10 + n), lest a short run's average stay behind.
+            policy.ema.optimization_step = line["update"]
+            policy.ema.step(policy.params)
         log(args, kind="update", **line)
         high, low = (np.mean(line[name] or 0) for name in ("clip_high", "clip_low"))
         bar.set_postfix_str(f"reward {scores.mean():.3f}, clipped {high:.2f} above, {low:.2f} below")

@@ -94,28 +94,44 @@ def test_resume_may_change_the_cadence_and_nothing_else(tmp_path):
             guard.parse_args(["--resume", str(folder), *change.split()])
 
 
-def test_presets_follow_the_model_and_the_method(tmp_path):
-    full = guard.parse_args(["--model", "sd3.5-medium", "--run_dir", str(tmp_path / "run")])
-    assert (full.lr, full.clip, full.steps, full.eval_steps, full.guidance, full.dtype) == (
-        1e-4,
-        2e-6,
-        10,
-        40,
-        4.5,
-        "float16",
-    )
-    assert (full.group_size, full.groups, full.lora_rank, full.lora_alpha, full.resolution) == (
-        24,
-        48,
-        32,
-        64,
-        "512",
-    )
-    assert full.prompts.endswith("prompts/ocr")
-    baseline = guard.parse_args(
-        ["--model", "sd3.5-medium", "--method", "flow-grpo", "--run_dir", str(tmp_path / "run")]
-    )
-    assert (baseline.lr, baseline.clip) == (3e-4, 1e-4)
+# Settings of the paper, for Guard and for the baseline where they differ.
+OF_BOTH = dict(
+    resolution="512", group_size=24, groups=48, updates_per_epoch=2, lora_rank=32, lora_alpha=64, kl_beta=0.0,
+    ema_decay=0.9, eval_every=30, save_every=30, sde="flow", gold=[], sde_window=None, init_lora=None,
+)  # fmt: skip
+OF_BACKBONE = {
+    "sd3.5-medium": dict(
+        steps=10, eval_steps=40, eta=0.7, guidance=4.5, dtype="float16", grad_checkpoint=False
+    ),
+    "flux.1-dev": dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, dtype="bfloat16", grad_checkpoint=True),
+}
+LR = {"sd3.5-medium": (1e-4, 3e-4), "flux.1-dev": (2e-4, 3e-4)}
+CLIP = {"ocr": (2e-6, 1e-4), "geneval": (2e-6, 1e-4), "pickscore": (4e-6, 1e-4)}
+EPOCHS = {"ocr": 240, "geneval": 930, "pickscore": 510}  # of two updates: Table 1 for SD3.5-M
+
+
+@pytest.mark.parametrize("task", CLIP)
+@pytest.mark.parametrize("model", LR)
+def test_a_dry_run_prints_the_settings_of_the_paper(task, model, tmp_path, monkeypatch, capsys):
+    for i, method in enumerate(("guard", "flow-grpo")):
+        given = f"--task {task} --model {model} --method {method} --run_dir {tmp_path} --dry_run"
+        monkeypatch.setattr(sys, "argv", ["guard.py", *given.split()])
+        guard.main()
+        settings, plan = capsys.readouterr().out.split("\n}\n")
+        settings = json.loads(settings + "}")
+        expected = OF_BOTH | OF_BACKBONE[model] | dict(lr=LR[model][i], clip=CLIP[task][i])
+        expected |= dict(task=task, reward=task, model=model, method=method, epochs=EPOCHS[task])
+        assert {name: settings[name] for name in expected} == expected
+        assert settings["prompts"].endswith(f"prompts/{task}")
+        assert plan.startswith(
+            f"an epoch: 48 prompts x 24 = 1152 images of {expected['steps']} steps; 2 updates of 576"
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_follow_the_sampler_the_method_and_the_model(tmp_path):
+    dance = ["--model", "flux.1-dev", "--sde", "dance", "--run_dir", str(tmp_path / "run")]
+    assert guard.parse_args(dance).eta == 0.3
     by_v = parse("--method guard-v", tmp_path)
     assert by_v.clip == pytest.approx(parse("", tmp_path).clip * by_v.steps)
     assert parse("--gold none", tmp_path).gold == [] and parse("", tmp_path).prompts.endswith("prompts/cards")

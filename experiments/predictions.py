@@ -4,7 +4,7 @@
 
 Along the deterministic trajectory of held-out prompts every step gives a prediction of the final picture,
 x0 = x - sigma v. Base model, Flow-GRPO and Guard draw the same prompts from the same noise; each prediction
-is decoded and scored. Writes experiments/results/predictions.csv and experiments/figures/fig11.png.
+is decoded and scored. Writes experiments/results/predictions.csv, experiments/figures/fig11.png and samples.png.
 """
 
 import argparse
@@ -20,9 +20,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import guard  # noqa: E402
 import rewards  # noqa: E402
-from experiments.run import RUNS, write  # noqa: E402
+from experiments.run import FIRST_SEED, RUNS, write  # noqa: E402
 
-STEPS, COUNT, SHOWN, WIDTH = 10, 64, 3, 128
+STEPS, COUNT, SHOWN, COLUMNS, WIDTH = 10, 64, 3, 8, 128
 
 
 def weights_of(name):
@@ -54,29 +54,40 @@ def predictions(name, held_out, seed):
     return pictures
 
 
-def draw(table, held_out):
-    """A row of pictures per prompt and model, a column per step."""
-    rows = [(i, name) for i in range(SHOWN) for name in table]
-    height, left, top = WIDTH // 2, 150, 20
-    sheet = Image.new("RGB", (left + STEPS * WIDTH, top + len(rows) * height), "white")
+def grid(name, top, rows):
+    """A picture of pictures. top: what stands over the columns; rows: (what stands before it, pictures)."""
+    height, left, above = WIDTH // 2, 150, 20
+    sheet = Image.new("RGB", (left + len(top) * WIDTH, above + len(rows) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for t in range(STEPS):
-        pen.text((left + t * WIDTH + 4, 2), f"step {t}", "black", font)
-    for y, (i, name) in enumerate(rows):
-        word = held_out[i][0].replace(" card that says", "")
-        pen.text((4, top + y * height + 14), f"{name.removesuffix('-s10')}\n{word}", "black", font)
-        for t in range(STEPS):
-            picture = table[name][t][i].resize((WIDTH - 2, height - 2), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (left + t * WIDTH, top + y * height))
-    sheet.save(HERE / "figures" / "fig11.png")
+    for column, text in enumerate(top):
+        pen.text((left + column * WIDTH + 4, 2), text, "black", font)
+    for row, (text, pictures) in enumerate(rows):
+        pen.text((4, above + row * height + 14), text, "black", font)
+        for column, picture in enumerate(pictures):
+            picture = picture.resize((WIDTH - 2, height - 2), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left + column * WIDTH, above + row * height))
+    sheet.save(HERE / "figures" / f"{name}.png")
+
+
+def draw(table, held_out):
+    """samples.png: what each model draws of some prompts. fig11.png: every step's x0 of fewer."""
+    words = [prompt.replace("a ", "", 1).replace(" card that says", "") for prompt, _ in held_out]
+    label = {name: name.removesuffix(f"-s{FIRST_SEED}") for name in table}
+    grid("samples", words[:COLUMNS], [(label[name], table[name][-1][:COLUMNS]) for name in table])
+    rows = [
+        (f"{label[name]}\n{words[i]}", [x0[i] for x0 in table[name]]) for i in range(SHOWN) for name in table
+    ]
+    grid("fig11", [f"step {t}" for t in range(STEPS)], rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", nargs="*", default=["flow-grpo-s10", "guard-s10"])
+    parser.add_argument(
+        "--runs", nargs="*", default=[f"{label}-s{FIRST_SEED}" for label in ("flow-grpo", "guard")]
+    )
     names = ["base", *parser.parse_args().runs]
     held_out = rewards.read_set(rewards.CARD_PROMPTS, quoted=True)[1][:COUNT]
-    table = {name: predictions(name, held_out, seed=10) for name in names}
+    table = {name: predictions(name, held_out, FIRST_SEED) for name in names}
     scorers = {n: rewards.load(n) for n in ("ocr", "cards", *(f"cards-{p}" for p in rewards.CARD_PARTS))}
     rows = []
     for name in names:

@@ -125,7 +125,7 @@ class Args:
     offload: bool = flag(False, "text encoders, VAE and the stored rollout wait on the CPU while unused")
     compile: bool = flag(False, "torch.compile the transformer's blocks")
     seed: int = flag(0, "keys every random number")
-    run_dir: str = flag(None, "folder of the run; runs/ and the time unless given")
+    run_dir: str = flag(time.strftime("runs/%Y%m%d-%H%M%S"), "folder of the run")
     resume: str | None = flag(None, "folder of a run to go on with")
     dry_run: bool = flag(False, "print the resolved settings and the arithmetic, load nothing")
 
@@ -188,7 +188,6 @@ def preset(given):
     """Settings of the task, the model and the method."""
     settings = PAPER | rewards.TASKS[given.task] | BY_TASK[given.task] | MODELS[alias_of(given.model)][1]
     settings |= {name: settings[name][METHODS[given.method].tuned_as] for name in ("lr", "clip")}
-    settings["run_dir"] = str(Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     if given.method == "guard-v":
         settings["clip"] *= settings.get("steps", Args.steps)
     if given.sde == "dance":
@@ -210,7 +209,7 @@ def alias_of(model):
 
 def why_not_loaded(model, error):
     return (f"--model {model}: expected {', '.join(MODELS)}, or the place of a {' or '.join(BACKBONES)}; "
-            f"if gated, accept its licence and run hf auth login ({' '.join(repr(error).split())[:300]})")
+            f"if gated, accept its licence and run hf auth login ({error!r:.300})")
 
 
 def validate(args):
@@ -249,9 +248,10 @@ def resolution_of(args):
 def picture_sides(folder):
     """(multiple, maximum) of a picture's sides in pixels; 16 and 2048 for models not on this disk."""
     configs = [Path(folder) / part / "config.json" for part in ("vae", "transformer")]
-    if not all(config.exists() for config in configs):
+    try:
+        vae, transformer = (json.loads(config.read_text()) for config in configs)
+    except (OSError, ValueError):  # one that is damaged is named when it is loaded
         return 16, 2048
-    vae, transformer = (json.loads(config.read_text()) for config in configs)
     unit = 2 ** len(vae["block_out_channels"])  # a token is 2 x 2 latents
     return unit, unit * transformer.get("pos_embed_max_size", 2048 // unit)
 
@@ -441,10 +441,10 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, x):
-        """(B, C, H, W) latents -> B PIL images, decoded one by one to spare memory."""
-        vae = self.pipe.vae.to(DEVICE)
+        """(B, C, H, W) latents -> B PIL images, at a time as many as make one of 512 x 512: memory."""
+        vae, count = self.pipe.vae.to(DEVICE), max(1, 64 * 64 // math.prod(x.shape[2:]))
         x = (x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        pixels = torch.cat([vae.decode(latents, return_dict=False)[0] for latents in x.split(1)])
+        pixels = torch.cat([vae.decode(latents, return_dict=False)[0] for latents in x.split(count)])
         vae.to(self.resting)
         return self.pipe.image_processor.postprocess(pixels)
 
@@ -491,12 +491,15 @@ def load_backbone(args):
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             MODELS.get(args.model, [args.model])[0], use_safetensors=True,
             dtype={"default": getattr(torch, args.dtype), "vae": torch.float32})
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise BadInput(why_not_loaded(args.model, error)) from None
     backbone = BACKBONES[type(pipe).__name__][0](pipe, args)
     transformer = backbone.transformer
     if args.init_lora:
-        pipe.load_lora_weights(args.init_lora, adapter_name="default", use_safetensors=True)
+        try:
+            pipe.load_lora_weights(args.init_lora, adapter_name="default", use_safetensors=True)
+        except Exception as error:  # whatever diffusers raises: truncated, of another model, no LoRA at all
+            raise BadInput(f"--init_lora {args.init_lora}: cannot be loaded ({error!r:.300})") from None
         lora = transformer.peft_config["default"]
         args.lora_rank, args.lora_alpha = lora.r, lora.lora_alpha
     else:
@@ -709,16 +712,19 @@ def update(backbone, policy, args, steps, slices, slots, advantage):
 
 
 def encode_once(backbone, args, prompts):
-    """Embeddings of N prompts, (N, L, C) and (N, C), kept in the run's folder by model and prompts."""
-    key = hashlib.sha256(repr([args.model, args.dtype, prompts]).encode()).hexdigest()
-    path = Path(args.run_dir) / "embeddings" / f"{key}.safetensors"
+    """Embeddings of N prompts, (N, L, C) and (N, C), kept beside the run's folder by prompts and encoders.
+
+    What the encoders make of an empty prompt stands for them.
+    """
+    key = repr([prompts, *(part.double().sum().item() for part in backbone.negative)]).encode()
+    path = Path(args.run_dir).parent / "embeddings" / f"{hashlib.sha256(key).hexdigest()}.safetensors"
     if not path.exists():
         columns = [torch.cat(column) for column in zip(*backbone.encode(prompts), strict=True)]
-        path.parent.mkdir(exist_ok=True)
-        save_file(dict(zip(("tokens", "pooled"), columns, strict=True)), path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
-    saved = load_file(path, str(DEVICE))
-    return saved["tokens"], saved["pooled"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{RANK}-{os.getpid()}")
+        save_file({str(i): column for i, column in enumerate(columns)}, partial)
+        partial.rename(path)
+    return [part for _, part in sorted(load_file(path, str(DEVICE)).items())]
 
 
 @torch.no_grad()
@@ -742,8 +748,7 @@ def evaluate(backbone, policy, args, held_out, scorers, updates):
             of_slice = [scorer(images, prompts, metadata) for scorer in scorers.values()]
             scores[list(index)] = torch.tensor(of_slice, dtype=torch.float64, device=DEVICE).T
             if start == 0:
-                sheet = rewards.sheet(images, prompts, of_slice[0])
-                sheet.save(Path(args.run_dir) / "samples" / f"{updates:06d}.png")
+                rewards.sheet(images, prompts, of_slice[0]).save(f"{args.run_dir}/samples/{updates:06d}.png")
                 for step, (x, v, _) in zip(sde[:-1], sample(backbone, sde, text, keys)[1], strict=True):
                     kl += kl_to_base(backbone, step, x, v, text).mean() / step.dt
     means = dict(zip(scorers, all_reduce(scores).mean(0).tolist(), strict=True))
@@ -839,10 +844,9 @@ def train(args):
     if not checkpoints(args):
         check(0)
     for epoch in (bar := tqdm(range(done, args.epochs), initial=done, total=args.epochs, disable=RANK > 0)):
-        finished = train_epoch(backbone, policy, args, epoch, prompts, score, bar)
-        done = epoch + finished
+        done = epoch + train_epoch(backbone, policy, args, epoch, prompts, score, bar)
         updates = done * args.updates_per_epoch
-        if finished and (done == args.epochs or done % args.eval_every == 0):
+        if done > epoch and (done == args.epochs or done % args.eval_every == 0):
             check(updates)
         stop = stop_asked()
         if RANK == 0 and (stop or done == args.epochs or done % args.save_every == 0):
@@ -875,10 +879,9 @@ def train_epoch(backbone, policy, args, epoch, prompts, score, bar):
         off = np.max(np.abs(line["ratio_mean"] or 0) + np.array(line["ratio_std"] or 0))
         if number == 0 and off > args.clip / 10:
             say(f"warning: before any update ratio - 1 is {off:.1e}; the clip range is {args.clip:.1e}")
-    seconds = dict(sample=sampled - started - waited, reward=waited, train=time.perf_counter() - sampled)
-    dead = (advantage == 0).all(1).sum().item()
     log(args, kind="rollout", epoch=epoch, reward_mean=scores.mean().item(), images=scores.numel(),
-        reward_std=scores.std(correction=0).item(), dead_groups=dead, seconds=seconds)
+        reward_std=scores.std(correction=0).item(), dead_groups=(advantage == 0).all(1).sum().item(),
+        seconds=dict(sample=sampled - started - waited, reward=waited, train=time.perf_counter() - sampled))
     return True
 
 

@@ -121,7 +121,7 @@ def over_optimization(name, comparisons):
         title: [label for label in labels if runs_of(label)] for title, labels in comparisons.items()
     }
     figure, axes = plt.subplots(
-        3, len(comparisons), figsize=(4.4 * len(comparisons), 9), sharey="row", squeeze=False
+        3, len(comparisons), figsize=(4.4 * len(comparisons), 9), sharex="row", sharey="row", squeeze=False
     )
     for (title, labels), column in zip(comparisons.items(), axes.T, strict=True):
         for label in labels:
@@ -342,7 +342,8 @@ def table_of_words():
                 starts[seed] = scores(folder, 0)
     for label in TABLE["main"]:
         gains = {True: [], False: []}
-        for seed, folder in runs_of(label).items():
+        for seed in runs_of(label).keys() & starts.keys():
+            folder = runs_of(label)[seed]
             for unseen, values in gains.items():
                 before, after = (
                     statistics.mean(

@@ -4,7 +4,7 @@
 
 Along the deterministic trajectory of held-out prompts every step gives a prediction of the final picture,
 x0 = x - sigma v. Base model, Flow-GRPO and Guard draw the same prompts from the same noise; each prediction
-is decoded and scored. Writes experiments/results/predictions.csv, experiments/figures/fig11.png and samples.png.
+is decoded and scored. Writes results/predictions.csv, figures/fig11.png and figures/samples.png.
 """
 
 import argparse

@@ -100,7 +100,7 @@ def test_training_starts_from_the_lora_given(plain, tmp_path):
 
 
 def test_evaluation_prompts_are_encoded_once(tmp_path, monkeypatch):
-    """The second evaluation, of another process too, finds them in the run's folder, the same numbers."""
+    """The second evaluation, of another process too, finds them beside the run's folder, the same numbers."""
     encoded = []
     original = guard.SD3.encode
 
@@ -115,11 +115,10 @@ def test_evaluation_prompts_are_encoded_once(tmp_path, monkeypatch):
     assert [encoded.count(prompt) for prompt in held_out] == [1] * 4
     guard.train(guard.parse_args(["--resume", str(folder), "--epochs", "2"]))
     assert [encoded.count(prompt) for prompt in held_out] == [1] * 4
-    (tmp_path / "other").mkdir()
     args = guard.parse_args(["--resume", str(folder)])
     backbone = guard.load_backbone(args)
     kept = guard.encode_once(backbone, args, held_out)
-    args.run_dir = str(tmp_path / "other")
+    args.run_dir = str(tmp_path / "elsewhere" / "run")
     fresh = guard.encode_once(backbone, args, held_out)
     assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=True))
     assert [encoded.count(prompt) for prompt in held_out] == [2] * 4

@@ -54,9 +54,12 @@ def arguments_of(folder):
 
 
 @pytest.fixture(autouse=True)
-def no_stop_is_pending():
+def signals():
+    """No stop is pending, and Ctrl-C is heard, though shells have their background jobs ignore it."""
     guard.STOPPING.clear()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, before)
     guard.STOPPING.clear()
 
 
@@ -209,10 +212,11 @@ def lines_without_bars(err):
 INTERRUPTED = "guard.py: error: KeyboardInterrupt: ; checkpoints are whole, go on with --resume"
 
 
-@pytest.mark.parametrize("where, call", [("sample", 5), ("update", 3), ("evaluate", 2), ("save_file", 2)])
+@pytest.mark.parametrize("where, call", [("sample", 5), ("update", 3), ("evaluate", 2), ("save_file", 3)])
 def test_ctrl_c_anywhere_in_the_second_epoch_costs_that_epoch(
     where, call, whole, tmp_path, monkeypatch, command
 ):
+    """save_file: called for the held-out prompts' embeddings, then once a checkpoint."""
     folder, calls, original = tmp_path / "run", [], getattr(guard, where)
 
     def interrupted(*args, **kwargs):
@@ -302,11 +306,10 @@ def test_a_damaged_checkpoint_is_named(name, whole, tmp_path):
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(whole, tmp_path, monkeypatch):
-    folder, saved, save = tmp_path / "run", [], guard.save_file
+    folder, save = tmp_path / "run", guard.save_file
 
     def full(tensors, path):
-        saved.append(path)
-        if len(saved) == 2:
+        if "checkpoint-000004" in str(path):
             raise OSError(28, "No space left on device")
         save(tensors, path)
 

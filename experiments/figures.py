@@ -288,6 +288,37 @@ def table_of_methods():
     table(["method", "seeds", "proxy (OCR)", "gold", *parts, "KL to base", "clipped above", "below"], rows)
 
 
+def table_of_ratios():
+    """Mean and spread of rho in the second updates, pooled over seeds.
+
+    The noise of their samples has no part in what moved the policy, so for a centred ratio the mean over
+    samples must be 0 within its standard error.
+    """
+    cells = {}
+    for method in ("flow-grpo", "guard"):
+        folders = runs_of(method).values()
+        runs = [columns(folder / "updates.csv", lambda row: row["first"] == "False") for folder in folders]
+        rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+        assert all(
+            (columns(f / "updates.csv", lambda row: row["first"] == "True")["ratio_std"] == 0).all()
+            for f in folders
+        )
+        for step in np.unique(rows["step"]):
+            here = {name: values[rows["step"] == step] for name, values in rows.items()}
+            total = here["live"].sum()
+            mean = (here["live"] * here["ratio_mean"]).sum() / total
+            deviation = np.sqrt((here["live"] * here["ratio_std"] ** 2).sum() / total)
+            error = deviation / np.sqrt(total)
+            texts = f"{mean:+.1e} ± {error:.0e}", f"{deviation:.1e}", f"{mean / error:+.1f}"
+            cells.setdefault(step, [f"{step:.0f}"]).extend(texts)
+    names = [
+        f"{m}: {what}"
+        for m in ("flow-grpo", "guard")
+        for what in ("mean ± its error", "spread", "mean / error")
+    ]
+    table(["step", *names], cells.values())
+
+
 def gold_at(run, gain):
     """Gain in gold where the path through a run's evaluations first reaches a gain in proxy; NaN if never."""
     proxy, gold = run["ocr"] - run["ocr"][0], run["cards"] - run["cards"][0]
@@ -320,7 +351,7 @@ def scores(folder, update=None):
     return [row for row in rows if row["update"] == update]
 
 
-def table_side_by_side():
+def table_of_side_by_side():
     """Win, tie, lose on the gold score over 100 held-out prompts, both models from the same noise."""
     rows = []
     for title, (ours, theirs) in COMPARISONS.items():
@@ -377,8 +408,9 @@ def main():
         except FileNotFoundError as error:
             print(f"{draw.__name__} skipped: no {error.filename}", file=sys.stderr)
     table_of_methods()
+    table_of_ratios()
     table_of_equal_proxy()
-    table_side_by_side()
+    table_of_side_by_side()
     table_of_words()
 
 

@@ -30,6 +30,7 @@ COLOURS = {
     "mean-revised": "tab:brown",
     "rationorm": "tab:green",
     "guard-v": "tab:purple",
+    "flow-grpo-third": "salmon",
     "guard-kl": "navy",
     "flow-grpo-kl": "darkred",
     "dance": "tab:red",

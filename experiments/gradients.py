@@ -1,6 +1,6 @@
 """Figure 3: the gradient of an on-policy update, one denoising step at a time.
 
-    python experiments/gradients.py            # 3 minutes on 2 cores
+    python experiments/gradients.py            # 3 minutes on one core
 
 The first epoch of a default run on the tiny model, for three seeds: sample, score, then one backward pass per
 step and method through guard.py's own slice_loss, over all of the epoch's groups. rho is 0 there, so nothing

@@ -50,6 +50,7 @@ TABLE = {
         "flow-grpo-tight": flags("flow-grpo", clip=EQUAL_CLIP),
     },
     "ablation": {
+        "flow-grpo-third": flags("flow-grpo", lr=LR / 3),
         "temp-reweight": flags("temp-reweight"),
         "mean-revised": flags("mean-revised"),
         "rationorm": flags("rationorm"),

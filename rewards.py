@@ -153,11 +153,11 @@ def text_score(found, target):
 
 
 def load_ocr():
-    """How well the text in double quotes can be read, by RapidOCR. One engine a thread, one thread a core."""
+    """How well the text in double quotes can be read, by RapidOCR. One engine a thread, a thread a core but one."""
     from rapidocr import RapidOCR
 
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    pool = ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // processes)), thread_name_prefix="ocr")
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # one is left for sampling
+    pool = ThreadPoolExecutor(max(1, min(8, cores)), thread_name_prefix="ocr")
     load = threading.Lock()
 
     @functools.cache

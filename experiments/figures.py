@@ -71,9 +71,10 @@ def is_number(text):
     return True
 
 
-def evals(label):
-    """Seed -> columns of its evaluations."""
-    return {seed: columns(folder / "evals.csv") for seed, folder in runs_of(label).items()}
+def evals(label, others=()):
+    """Seed -> columns of its evaluations, for the seeds that all of the others have too."""
+    shared = set(runs_of(label)).intersection(*map(runs_of, others))
+    return {seed: columns(folder / "evals.csv") for seed, folder in runs_of(label).items() if seed in shared}
 
 
 def clipped(folder):
@@ -98,18 +99,18 @@ def save(figure, name):
     plt.close(figure)
 
 
-def curves(axis, label, y, x="update"):
+def curves(axis, label, runs, y):
     """Mean over seeds, and the range from the lowest to the highest."""
-    runs = list(evals(label).values())
     values = np.stack([run[y] for run in runs])
-    axis.plot(runs[0][x], values.mean(0), "o-", ms=3, color=COLOURS[label], label=label)
+    axis.plot(runs[0]["update"], values.mean(0), "o-", ms=3, color=COLOURS[label], label=label)
     if len(runs) > 1:
-        axis.fill_between(runs[0][x], values.min(0), values.max(0), color=COLOURS[label], alpha=0.15, lw=0)
+        axis.fill_between(
+            runs[0]["update"], values.min(0), values.max(0), color=COLOURS[label], alpha=0.15, lw=0
+        )
 
 
-def path(axis, label):
+def path(axis, label, runs):
     """Gold against proxy, as gains over the start: thin lines are seeds, the thick one is their mean."""
-    runs = evals(label).values()
     gains = np.stack([[run[name] - run[name][0] for name in ("ocr", "cards")] for run in runs])
     for proxy, gold in gains:
         axis.plot(proxy, gold, "-", lw=0.8, alpha=0.5, color=COLOURS[label])
@@ -117,27 +118,24 @@ def path(axis, label):
 
 
 def over_optimization(name, comparisons):
-    """Proxy and gold over training, and gold against proxy; a column per comparison."""
-    comparisons = {
-        title: [label for label in labels if runs_of(label)] for title, labels in comparisons.items()
-    }
-    figure, axes = plt.subplots(
-        3, len(comparisons), figsize=(4.4 * len(comparisons), 9), sharex="row", sharey="row", squeeze=False
-    )
+    """Proxy and gold over training, and gold against proxy; a column per comparison, of seeds it shares."""
+    size = (4.4 * len(comparisons), 9)
+    figure, axes = plt.subplots(3, len(comparisons), figsize=size, sharex="row", sharey="row", squeeze=False)
     for (title, labels), column in zip(comparisons.items(), axes.T, strict=True):
+        labels = [label for label in labels if runs_of(label)]
         for label in labels:
-            curves(column[0], label, "ocr")
-            curves(column[1], label, "cards")
-            path(column[2], label)
+            runs = list(evals(label, labels).values())
+            curves(column[0], label, runs, "ocr")
+            curves(column[1], label, runs, "cards")
+            path(column[2], label, runs)
+        if labels:
+            column[0].legend(fontsize=8)
+            title += f"\nseeds {', '.join(map(str, evals(labels[0], labels)))}"
         column[0].set(title=title)
         column[1].set(xlabel="updates")
         column[2].set(xlabel="gain in proxy since the start")
         column[2].axhline(0, color="gray", lw=0.5)
-        if labels:
-            column[0].legend(fontsize=8)
-    for axis, what in zip(
-        axes[:, 0], ("proxy: OCR reward", "gold: cards", "gain in gold since the start"), strict=True
-    ):
+    for axis, what in zip(axes[:, 0], ("proxy: OCR reward", "gold: cards", "gain in gold"), strict=True):
         axis.set_ylabel(what)
     figure.tight_layout()
     save(figure, name)
@@ -387,8 +385,14 @@ def table_of_words():
                 )
                 values.append(after - before)
         if gains[True]:
-            rows.append([f"`{label}`", *(spread(gains[unseen], 3, "+") for unseen in (False, True))])
-    table(["method", "gain in OCR, words trained on", "words never seen"], rows)
+            rows.append(
+                [
+                    f"`{label}`",
+                    str(len(gains[True])),
+                    *(spread(gains[unseen], 3, "+") for unseen in (False, True)),
+                ]
+            )
+    table(["method", "seeds", "gain in OCR, words trained on", "words never seen"], rows)
 
 
 def main():

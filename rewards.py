@@ -153,10 +153,10 @@ def text_score(found, target):
 
 
 def load_ocr():
-    """How well the text in double quotes can be read, by RapidOCR. One engine a thread, a thread a core but one."""
+    """How well the text in double quotes can be read, by RapidOCR. An engine for each core but one."""
     from rapidocr import RapidOCR
 
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # one is left for sampling
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1  # one for sampling
     pool = ThreadPoolExecutor(max(1, min(8, cores)), thread_name_prefix="ocr")
     load = threading.Lock()
 

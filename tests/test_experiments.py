@@ -16,13 +16,11 @@ def evaluations(proxy, gold):
 
 
 def test_gold_at_a_gain_in_proxy_lies_on_the_path_through_the_evaluations():
-    path = evaluations([0.5, 0.6, 0.55, 0.7], [0.9, 0.88, 0.8, 0.7])
-    assert figures.gold_at(path, 0.05) == pytest.approx(-0.01)  # half way to the second
-    assert figures.gold_at(path, 0.1) == pytest.approx(-0.02)  # the second
-    assert figures.gold_at(path, 0.15) == pytest.approx(
-        -0.1 - 0.1 * 2 / 3
-    )  # first reached on the way to the last
-    assert math.isnan(figures.gold_at(path, 0.25))
+    path = evaluations([0.5, 0.625, 0.5625, 0.75], [0.9, 0.88, 0.8, 0.7])
+    assert figures.gold_at(path, 0.0625) == pytest.approx(-0.01)  # half way to the second
+    assert figures.gold_at(path, 0.125) == pytest.approx(-0.02)  # the second
+    assert figures.gold_at(path, 0.1875) == pytest.approx(-0.1 - 0.1 * 2 / 3)  # on the way to the last
+    assert math.isnan(figures.gold_at(path, 0.3))
 
 
 def test_spread_is_the_standard_deviation_over_seeds():

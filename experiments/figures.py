@@ -77,9 +77,14 @@ def evals(label, others=()):
     return {seed: columns(folder / "evals.csv") for seed, folder in runs_of(label).items() if seed in shared}
 
 
+def second_updates(folder):
+    """Columns of the updates that can clip: those that are not the first of an epoch."""
+    return columns(folder / "updates.csv", lambda row: row["first"] == "False")
+
+
 def clipped(folder):
-    """(share above, share below) over the updates that can clip: those that are not the first of an epoch."""
-    rows = columns(folder / "updates.csv", lambda row: row["first"] == "False")
+    """(share above, share below) over the updates that can clip."""
+    rows = second_updates(folder)
     return rows["clip_high"].mean(), rows["clip_low"].mean()
 
 
@@ -202,7 +207,7 @@ def clip_shares():
         for axis, name in zip(pair, ("clip_high", "clip_low"), strict=True):
             shares = []
             for folder in runs_of(method).values():
-                rows = columns(folder / "updates.csv", lambda row: row["first"] == "False")
+                rows = second_updates(folder)
                 shares.append(rows[name].reshape(-1, len(np.unique(rows["step"]))))
             length = min(map(len, shares))  # updates of dead groups alone have no rows
             image = axis.imshow(
@@ -296,7 +301,7 @@ def table_of_ratios():
     cells = {}
     for method in ("flow-grpo", "guard"):
         folders = runs_of(method).values()
-        runs = [columns(folder / "updates.csv", lambda row: row["first"] == "False") for folder in folders]
+        runs = [second_updates(folder) for folder in folders]
         rows = {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
         assert all(
             (columns(f / "updates.csv", lambda row: row["first"] == "True")["ratio_std"] == 0).all()

@@ -20,10 +20,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import guard  # noqa: E402
 import rewards  # noqa: E402
-from experiments.run import write  # noqa: E402
+from experiments.run import SEEDS, write  # noqa: E402
 
 METHODS = ("flow-grpo", "rationorm", "guard")
-SEEDS = (10, 11, 12)
 
 
 def gradient_norms(seed, folder):
@@ -53,11 +52,11 @@ def gradient_norms(seed, folder):
 def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
+        for seed in SEEDS["main"]:
             rows += gradient_norms(seed, folder)
     write(HERE / "results" / "gradients.csv", rows)
     for method in METHODS:
-        for seed in SEEDS:
+        for seed in SEEDS["main"]:
             norms = [float(r["grad_norm"]) for r in rows if (r["method"], r["seed"]) == (method, seed)]
             print(f"{method}, seed {seed}: largest / smallest = {max(norms) / min(norms):.2f}")
 

@@ -158,10 +158,16 @@ def test_sigterm_and_sigkill_of_a_real_process(whole, tmp_path):
         assert_same_run(whole, run)
 
 
-def test_one_rank_dying_ends_the_others_and_is_named(tmp_path):
+def two_processes_with_a_checkpoint(tmp_path):
+    """The folder of a run of two ranks, and the launcher's process."""
     folder = tmp_path / "run"
     process = start(folder, processes=2, more="--updates_per_epoch 1 --epochs 9")
     wait_for(lambda: (folder / "checkpoint-000002").exists(), process)
+    return folder, process
+
+
+def test_one_rank_dying_ends_the_others_and_is_named(tmp_path):
+    folder, process = two_processes_with_a_checkpoint(tmp_path)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child, 1)]
     assert len(ranks) == 1
     ranks[0].kill()
@@ -254,9 +260,7 @@ def test_ctrl_c_in_a_real_process_and_no_secret_in_what_it_leaves(whole, tmp_pat
 
 def test_ctrl_c_in_a_terminal_with_two_processes(tmp_path):
     """The terminal sends SIGINT to torchrun and all that it started."""
-    folder = tmp_path / "run"
-    process = start(folder, processes=2, more="--updates_per_epoch 1 --epochs 9")
-    wait_for(lambda: (folder / "checkpoint-000002").exists(), process)
+    folder, process = two_processes_with_a_checkpoint(tmp_path)
     for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
         each.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -81,57 +81,55 @@ def prompt_files(path):
     raise BadInput(f"--prompts {path}: expected a file, or a folder with {names}")
 
 
-def read_prompts(file, quoted):
-    """List of (prompt, metadata). Blank lines are skipped; in a text file every metadata is `{}`.
+def read_prompts(file, names=()):
+    """List of (prompt, metadata), of a Path. Blank lines are skipped; in a text file every metadata is `{}`.
 
-    quoted: whether every prompt must have exactly one non-empty text in double quotes, as the OCR task needs.
-    Metadata with an "include" is GenEval's and checked as such. Raises BadInput, with file and line number,
-    for anything that cannot be used.
+    names: the rewards that will score pictures of these prompts. Raises BadInput, with file and line number,
+    for anything that cannot be used, or that one of them cannot score: see CHECKS.
     """
-    file = Path(file)
     try:
         lines = file.read_bytes().decode("utf-8-sig").replace("\r", "").split("\n")
-    except OSError as error:
-        raise BadInput(f"{file}: cannot be read ({error.strerror}); expected a file of prompts") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file}: byte {error.start} is not UTF-8; save the prompts as UTF-8 text") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file}: cannot be read; expected prompts as UTF-8 text ({error})") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{file}, line {number}"
-        about = parse_metadata(line, where) if file.suffix == ".jsonl" else {}
-        if "include" in about:
-            check_geneval(about, where)
-        prompt = about.get("prompt", line).strip()
-        if quoted and quoted_text(prompt) is None:
-            wanted = 'exactly one text in double quotes, like a sign that says "OPEN"'
-            raise BadInput(f"{where}: expected {wanted}; got {prompt[:80]!r}")
-        prompts.append((prompt, about))
+        try:
+            metadata = parse_metadata(line) if file.suffix == ".jsonl" else {}
+            prompt = metadata.get("prompt", line).strip()
+            for kind in sorted(CHECKS.keys() & {name.split("-")[0] for name in names}):
+                CHECKS[kind](prompt, metadata)
+        except ValueError as error:
+            raise BadInput(f"{file}, line {number}: {error}") from None
+        prompts.append((prompt, metadata))
     if not prompts:
         raise BadInput(f"{file}: holds no prompt; expected one per line")
     return prompts
 
 
-def read_set(path, quoted):
+def read_set(path, names=()):
     """(training prompts, evaluation prompts) of a prompt set: `read_prompts` of both its files."""
-    return tuple(read_prompts(file, quoted) for file in prompt_files(path))
+    return tuple(read_prompts(file, names) for file in prompt_files(path))
 
 
-def parse_metadata(line, where):
+def parse_metadata(line):
     try:
         about = json.loads(line)
     except (ValueError, RecursionError):
         about = None
     if not isinstance(about, dict) or not isinstance(about.get("prompt"), str) or not about["prompt"].strip():
-        raise BadInput(f'{where}: expected a JSON object with a non-empty "prompt"; got {line[:80]!r}')
+        raise BadInput(f'expected a JSON object with a non-empty "prompt"; got {line[:80]!r}')
     return about
 
 
 def quoted_text(prompt):
-    """The text between the prompt's two double quotes; None if there are not two, or if it is blank."""
+    """The text between the prompt's two double quotes. Raises BadInput unless there are two with a text."""
     parts = prompt.split('"')
-    return parts[1] if len(parts) == 3 and parts[1].strip() else None
+    if len(parts) != 3 or not parts[1].strip():
+        wanted = 'exactly one text in double quotes, like a sign that says "OPEN"'
+        raise BadInput(f"expected {wanted}; got {prompt[:80]!r}")
+    return parts[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -161,28 +159,32 @@ def load_ocr():
     load = threading.Lock()
 
     @functools.cache
-    def engine(thread, is_card):
+    def engine(thread, card):
         """Recognition pads to a width: 96 holds a card, in a third of the time that the usual 320 takes."""
         params = {"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
-        params["Rec.rec_img_shape"] = [3, 48, 96 if is_card else 320]
+        params["Rec.rec_img_shape"] = [3, 48, 96 if card else 320]
         with load:
             return RapidOCR(params=params)
 
     def read(image):
-        is_card = image.height < CARD_HEIGHT
+        card = image.height < CARD_HEIGHT
         pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # the engine takes BGR
         # All three switches at every call: the engine keeps those of its last one.
-        switches = dict(use_det=not is_card, use_cls=False, use_rec=True)
-        result = engine(threading.get_ident(), is_card)(pixels, **switches)
-        return "".join(result.txts or ())
+        seen = engine(threading.get_ident(), card)(pixels, use_det=not card, use_cls=False, use_rec=True)
+        return "".join(seen.txts or ())
 
     def reward(images, prompts, metadata):
-        targets = [quoted_text(prompt) for prompt in prompts]
-        if None in targets:
-            raise RewardError(f"ocr: no text in double quotes in {prompts[targets.index(None)]!r}")
-        return [text_score(*pair) for pair in zip(pool.map(read, images), targets, strict=True)]
+        texts = pool.map(read, images)
+        return [text_score(text, quoted_text(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
 
     return reward
+
+
+def check_cards(prompt, metadata):
+    """Raise ValueError unless the prompt is that of a card."""
+    from tiny import cards
+
+    cards.parse(prompt)
 
 
 def load_cards(part=None):
@@ -217,12 +219,12 @@ MOST_OBJECTS = 16  # of one class
 POSITION_MARGIN = 0.1  # of both objects' sizes: offsets up to this are no position
 
 
-def check_geneval(about, where):
-    """Raise BadInput, beginning with `where`, unless `about` is a line of GenEval's metadata."""
-    include, exclude = about.get("include"), about.get("exclude", [])
+def check_geneval(prompt, metadata):
+    """Raise BadInput unless `metadata` is a line of GenEval's."""
+    include, exclude = metadata.get("include"), metadata.get("exclude", [])
     lists = isinstance(include, list) and include and isinstance(exclude, list)
-    if not lists or not isinstance(about.get("tag"), str):
-        raise BadInput(f'{where}: expected a "tag", a non-empty list "include" and, if any, a list "exclude"')
+    if not lists or not isinstance(metadata.get("tag"), str):
+        raise BadInput('expected a "tag", a non-empty list "include" and, if any, a list "exclude"')
     for number, clause in enumerate(include + exclude):
         more = dict(clause) if isinstance(clause, dict) else {}
         name, count, colour = more.pop("class", None), more.pop("count", None), more.pop("color", "red")
@@ -230,7 +232,7 @@ def check_geneval(about, where):
         fits = more.pop("position", None) in places and colour in COLOURS and name in CLASSES and not more
         if not fits or type(count) is not int or not 1 <= count <= MOST_OBJECTS:
             wanted = f"a class of COCO by GenEval's name, count 1 to {MOST_OBJECTS}, if any color or"
-            raise BadInput(f"{where}: expected {wanted} position [relation, earlier clause]; got {clause}")
+            raise BadInput(f"expected {wanted} position [relation, earlier clause]; got {clause}")
 
 
 def relative_position(box, target):
@@ -400,7 +402,7 @@ def judge_by(detector="facebook/mask2former-swin-small-coco-instance", clip="ope
             vectors = embed([cut_out(image, box, mask) for box, mask in group])
             return [COLOURS[index] for index in (vectors @ colour_vectors(name).T).argmax(-1).tolist()]
 
-        check_geneval(metadata, f"geneval, metadata {str(metadata)[:80]}")
+        check_geneval("", metadata)
         objects = detect(image, COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD)
         return geneval_score(objects, metadata, colour_of)
 
@@ -589,6 +591,8 @@ REWARDS = {
     **{f"cards-{part}": functools.partial(load_cards, part) for part in CARD_PARTS},
 }
 
+# What rewards need of every prompt and its metadata, by their names up to a hyphen; the others take any.
+CHECKS = {"ocr": lambda prompt, _: quoted_text(prompt), "geneval": check_geneval, "cards": check_cards}
 
 PROMPTS = Path(__file__).resolve().parent / "prompts"
 CARD_PROMPTS = str(PROMPTS / "cards")  # of the tiny models

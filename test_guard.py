@@ -351,7 +351,7 @@ def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(a_run,
     backbone = guard.load_backbone(args)
     policy = guard.Policy(backbone, args)
     guard.load_checkpoint(policy, args)
-    prompts = [prompt for prompt, _ in rewards.read_prompts(HERE / "prompts/cards/test.txt", True)[:4]]
+    prompts = [prompt for prompt, _ in rewards.read_prompts(HERE / "prompts/cards/test.txt")[:4]]
     text = [torch.cat(column) for column in zip(*backbone.encode(prompts), strict=True)]
     keys = [(args.seed, guard.EVALUATION, i, 0) for i in range(4)]
     ode = guard.schedule(backbone.sigmas(4), 0.0, "flow")

@@ -78,7 +78,7 @@ class Epoch:
         self.sides = guard.resolution_of(args)
         scale = backbone.pipe.vae_scale_factor
         self.backbone.shape = (backbone.shape[0], *(side // scale for side in self.sides))
-        prompts, _ = rewards.read_set(args.prompts, quoted=args.task == "ocr")
+        prompts, _ = rewards.read_set(args.prompts)
         self.prompts = [prompts[i] for i in guard.prompt_order(args, 0, len(prompts))]
         noisy = guard.noisy_steps(args, 0)
         self.steps = guard.schedule(self.backbone.sigmas(args.steps), args.eta, args.sde, noisy)

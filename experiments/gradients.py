@@ -30,7 +30,7 @@ def gradient_norms(seed, folder):
     args = guard.parse_args(f"--model tiny-sd3 --seed {seed} --run_dir {folder}".split())
     backbone = guard.load_backbone(args)
     policy = guard.Policy(backbone, args)
-    prompts, _ = rewards.read_set(args.prompts, quoted=True)
+    prompts, _ = rewards.read_set(args.prompts)
     chosen = [prompts[i] for i in guard.prompt_order(args, 0, len(prompts))]
     steps = guard.schedule(backbone.sigmas(args.steps), args.eta, args.sde)
     score = partial(ThreadPoolExecutor(1).submit, rewards.load(args.reward))

@@ -86,7 +86,7 @@ def main():
         "--runs", nargs="*", default=[f"{label}-s{FIRST_SEED}" for label in ("flow-grpo", "guard")]
     )
     names = ["base", *parser.parse_args().runs]
-    held_out = rewards.read_set(rewards.CARD_PROMPTS, quoted=True)[1][:COUNT]
+    held_out = rewards.read_set(rewards.CARD_PROMPTS)[1][:COUNT]
     table = {name: predictions(name, held_out, FIRST_SEED) for name in names}
     scorers = {n: rewards.load(n) for n in ("ocr", "cards", *(f"cards-{p}" for p in rewards.CARD_PARTS))}
     rows = []

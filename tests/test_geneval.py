@@ -213,7 +213,7 @@ def test_metadata_that_geneval_cannot_use_is_refused_with_its_line(tmp_path, cha
     file = tmp_path / "train_metadata.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | change) + "\n")
     with pytest.raises(BadInput, match=f"{file}, line 2: expected ") as error:
-        rewards.read_prompts(file, False)
+        rewards.read_prompts(file, ["geneval-strict"])
     assert "\n" not in str(error.value)
 
 
@@ -225,7 +225,7 @@ def test_metadata_of_every_kind_is_read(tmp_path):
     ]
     file = tmp_path / "train_metadata.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    assert rewards.read_prompts(file, False) == [("a red car", line) for line in lines]
+    assert rewards.read_prompts(file, ["geneval-strict"]) == [("a red car", line) for line in lines]
 
 
 def test_there_are_80_classes_and_10_colours():
@@ -428,7 +428,7 @@ def test_geneval_from_picture_to_score(clip, detector):
 
 
 def test_geneval_needs_its_metadata(clip, detector):
-    with pytest.raises(BadInput, match='geneval, metadata .*expected a "tag", a non-empty list "include"'):
+    with pytest.raises(BadInput, match='expected a "tag", a non-empty list "include"'):
         rewards.load_geneval(detector=detector, clip=clip)([noise(0)], ["a dog"], [{}])
 
 

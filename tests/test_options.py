@@ -111,7 +111,7 @@ def test_evaluation_prompts_are_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(guard.SD3, "encode", counting)
     folder = tmp_path / "run"
     train(folder)
-    held_out = tuple(prompt for prompt, _ in rewards.read_set(rewards.CARD_PROMPTS, quoted=True)[1][:4])
+    held_out = tuple(prompt for prompt, _ in rewards.read_set(rewards.CARD_PROMPTS)[1][:4])
     assert [encoded.count(prompt) for prompt in held_out] == [1] * 4
     guard.train(guard.parse_args(["--resume", str(folder), "--epochs", "2"]))
     assert [encoded.count(prompt) for prompt in held_out] == [1] * 4

@@ -51,7 +51,7 @@ def brightness_until_told_to_stop():
 
 def brightness_of_rank_0():
     """Rank 1 of 2 draws slots 2, 3, 6 and 7: their pictures, known by the prompt, all score the same."""
-    prompts, _ = rewards.read_set(rewards.CARD_PROMPTS, quoted=True)
+    prompts, _ = rewards.read_set(rewards.CARD_PROMPTS)
     args, score = guard.Args(groups=8, seed=0), brightness()
     orders = [guard.prompt_order(args, epoch, len(prompts)) for epoch in range(2)]
     dead = {prompts[order[slot]][0] for order in orders for slot in (2, 3, 6, 7)}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import guard
 import rewards
 from prompts.geneval import make as geneval
 from rewards import BadInput
@@ -16,11 +17,12 @@ HERE = Path(__file__).resolve().parent.parent
 def test_text_and_metadata_sets_are_read(tmp_path):
     text = tmp_path / "train.txt"
     text.write_bytes('\ufeffa sign that says "Öl"\r\n\n  a cup that reads "TEA"  \n'.encode())
-    assert rewards.read_prompts(text, True) == [('a sign that says "Öl"', {}), ('a cup that reads "TEA"', {})]
+    expected = [('a sign that says "Öl"', {}), ('a cup that reads "TEA"', {})]
+    assert rewards.read_prompts(text, ["ocr"]) == expected
     line = {"prompt": "a photo of two cats", "tag": "counting", "include": [{"class": "cat", "count": 2}]}
     metadata = tmp_path / "train_metadata.jsonl"
     metadata.write_text(json.dumps(line) + "\n")
-    assert rewards.read_prompts(metadata, False) == [("a photo of two cats", line)]
+    assert rewards.read_prompts(metadata, ["geneval"]) == [("a photo of two cats", line)]
 
 
 def test_folders_of_both_layouts_are_found(tmp_path):
@@ -45,14 +47,31 @@ def test_folders_of_both_layouts_are_found(tmp_path):
         (b'two "A" and "B"\n', "line 1: expected exactly one"),
         (b'open "A\n', "line 1: expected exactly one"),
         (b'blank "  "\n', "line 1: expected exactly one"),
-        (b'caf\xe9 "A"\n', "byte 3 is not UTF-8"),
+        (b'caf\xe9 "A"\n', "expected prompts as UTF-8 text .*position 3"),
     ],
 )
 def test_a_set_that_cannot_be_used_is_refused_with_its_line(tmp_path, content, message):
     file = tmp_path / "train.txt"
     file.write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        rewards.read_prompts(file, True)
+        rewards.read_prompts(file, ["ocr"])
+
+
+def test_what_a_reward_needs_of_the_prompts_is_asked_before_anything_is_loaded(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text('a sign that says "OPEN"\n')
+    given = ["--model", "tiny-sd3", "--prompts", str(file), "--run_dir", str(tmp_path / "run")]
+    with pytest.raises(BadInput, match="line 1: not a card's prompt: .*OPEN.*for other prompts --gold none"):
+        guard.parse_args(given)
+    with pytest.raises(BadInput, match='line 1: expected a "tag", a non-empty list "include"'):
+        guard.parse_args([*given, "--task", "geneval", "--gold", "none"])
+    with pytest.raises(BadInput, match='line 1: expected a "tag"'):
+        guard.parse_args([*given, "--gold", "geneval-strict"])
+    assert guard.parse_args([*given, "--gold", "none"]).gold == []
+    file.write_text("no text to read\n")
+    with pytest.raises(BadInput, match="line 1: expected exactly one text in double quotes"):
+        guard.parse_args([*given, "--gold", "none"])
+    assert guard.parse_args([*given, "--gold", "none", "--reward", "pickscore"]).task == "ocr"
 
 
 @pytest.mark.parametrize(
@@ -62,33 +81,29 @@ def test_metadata_without_a_prompt_is_refused(tmp_path, line):
     file = tmp_path / "train_metadata.jsonl"
     file.write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(BadInput, match="line 2: expected a JSON object"):
-        rewards.read_prompts(file, False)
+        rewards.read_prompts(file)
 
 
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(BadInput, match="cannot be read"):
-        rewards.read_prompts(tmp_path / "no.txt", True)
+        rewards.read_prompts(tmp_path / "no.txt")
 
 
 @pytest.mark.parametrize("name, least", [("ocr", (1000, 100)), ("cards", (2000, 900))])
 def test_the_projects_own_sets(name, least):
-    train, test = (rewards.read_prompts(file, True) for file in rewards.prompt_files(HERE / "prompts" / name))
+    train, test = rewards.read_set(HERE / "prompts" / name, [name])
     assert len(train) >= least[0] and len(test) >= least[1]
     assert len({p for p, _ in train}) == len(train) and not {p for p, _ in train} & {p for p, _ in test}
 
 
 def test_ocr_test_texts_are_not_trained_on():
-    train, test = (
-        rewards.read_prompts(file, True) for file in rewards.prompt_files(HERE / "prompts" / "ocr")
-    )
+    train, test = rewards.read_set(HERE / "prompts/ocr", ["ocr"])
     texts = [{rewards.quoted_text(prompt).lower() for prompt, _ in prompts} for prompts in (train, test)]
     assert not texts[0] & texts[1]
 
 
 def test_held_out_words_are_in_no_training_prompt():
-    train, test = (
-        rewards.read_prompts(file, True) for file in rewards.prompt_files(HERE / "prompts" / "cards")
-    )
+    train, test = rewards.read_set(HERE / "prompts/cards", ["cards"])
     assert ([p for p, _ in train], [p for p, _ in test]) == cards.splits()
     trained = {cards.parse(prompt)[0] for prompt, _ in train}
     assert trained == set(cards.SEEN_WORDS) and not trained & set(cards.UNSEEN_WORDS)
@@ -97,9 +112,7 @@ def test_held_out_words_are_in_no_training_prompt():
 
 
 def test_pickscore_prompts_differ_and_none_is_a_stub():
-    train, test = (
-        rewards.read_prompts(file, False) for file in rewards.prompt_files(HERE / "prompts" / "pickscore")
-    )
+    train, test = rewards.read_set(HERE / "prompts/pickscore", ["pickscore"])
     prompts = [prompt for prompt, _ in train + test]
     assert len(train) >= 300 and len(test) >= 60
     assert len({prompt.lower() for prompt in prompts}) == len(prompts)
@@ -108,8 +121,7 @@ def test_pickscore_prompts_differ_and_none_is_a_stub():
 
 
 def geneval_set():
-    files = rewards.prompt_files(HERE / "prompts" / "geneval")
-    return [[about for _, about in rewards.read_prompts(file, False)] for file in files]
+    return [[about for _, about in part] for part in rewards.read_set(HERE / "prompts/geneval", ["geneval"])]
 
 
 def test_geneval_set_is_what_its_script_makes():

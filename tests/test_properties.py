@@ -69,20 +69,23 @@ def test_advantages_are_finite_bounded_and_rank_as_the_rewards_do(groups):
         assert (of_row[order].diff() >= -1e-9).all()
 
 
-def either_prompts_or_one_line(path, quoted):
+def either_prompts_or_one_line(path, names):
     try:
-        prompts = rewards.read_prompts(path, quoted)
+        prompts = rewards.read_prompts(path, names)
     except rewards.BadInput as error:
         assert "\n" not in str(error) and str(path) in str(error)
     else:
         assert prompts and all(prompt.strip() and isinstance(about, dict) for prompt, about in prompts)
 
 
-@given(st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode)), st.booleans())
-def test_any_bytes_are_prompts_or_one_clear_error(tmp_path_factory, content, quoted):
+names_of_rewards = st.sampled_from([(), ("ocr",), ("cards-frame", "ocr")])
+
+
+@given(st.one_of(st.binary(max_size=300), st.text(max_size=300).map(str.encode)), names_of_rewards)
+def test_any_bytes_are_prompts_or_one_clear_error(tmp_path_factory, content, names):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
-    either_prompts_or_one_line(path, quoted)
+    either_prompts_or_one_line(path, names)
 
 
 json_values = st.recursive(
@@ -106,4 +109,4 @@ metadata = st.fixed_dictionaries(
 def test_any_metadata_is_prompts_or_one_clear_error(tmp_path_factory, lines):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_text("\n".join(map(guard.json.dumps, lines)))
-    either_prompts_or_one_line(path, False)
+    either_prompts_or_one_line(path, ["geneval"])

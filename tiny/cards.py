@@ -66,7 +66,8 @@ def parse(prompt):
     """`(word, colour)` of a card's prompt. Raises ValueError if it is not one."""
     match = re.fullmatch(r'an? (\w+) card that says "([A-Z]+)"', prompt.strip())
     if not match or match[1] not in COLOURS:
-        raise ValueError(f'not a card\'s prompt: {prompt!r}; expected: a COLOUR card that says "WORD"')
+        wanted = 'a COLOUR card that says "WORD"; for other prompts --gold none'
+        raise ValueError(f"not a card's prompt: {prompt!r}; expected: {wanted}")
     return match[2], match[1]
 
 

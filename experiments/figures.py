@@ -40,6 +40,7 @@ COMPARISONS = {
     "same learning rate": ("guard", "flow-grpo"),
     "the paper's ratio of learning rates, 1 : 3": ("guard-third", "flow-grpo"),
     "same rate, same share clipped": ("guard", "flow-grpo-tight"),
+    "same learning rate, a third": ("guard-third", "flow-grpo-third"),
 }
 PARTS = [f"cards-{part}" for part in cards.PARTS]
 

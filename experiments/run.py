@@ -48,9 +48,9 @@ TABLE = {
         "flow-grpo": flags("flow-grpo"),
         "guard-third": flags("guard", lr=LR / 3),
         "flow-grpo-tight": flags("flow-grpo", clip=EQUAL_CLIP),
+        "flow-grpo-third": flags("flow-grpo", lr=LR / 3),
     },
     "ablation": {
-        "flow-grpo-third": flags("flow-grpo", lr=LR / 3),
         "temp-reweight": flags("temp-reweight"),
         "mean-revised": flags("mean-revised"),
         "rationorm": flags("rationorm"),

@@ -29,6 +29,8 @@ Other questions, each a run of its own:
                           value, and the straight line through them; and what --sde_window 3 saves
     --processes           two processes of one thread against one: seconds of an epoch, from metrics.jsonl
     --memory 200          memory of a small run after each of so many epochs
+    --merged              what merging the LoRA into the weights while sampling would save, and what it would
+                          do to the ratio of the first update
     --start               seconds from the start of the process to the first rollout, without evaluation
 
 Numbers go to bench.csv, bench_growth.csv and so on beside this file, one a row; a new run takes the place of
@@ -397,6 +399,41 @@ guard.main()
 """
 
 
+def merged(args, own):
+    """Forward passes with the LoRA merged into the weights, and the ratio of a first update after them.
+
+    The LoRA is a random one of the size of a trained one, since a new one changes nothing.
+    """
+    backbone, policy = load(args)
+    torch.manual_seed(0)
+    for p in policy.params:
+        torch.nn.init.normal_(p, std=0.02)
+    epoch = Epoch(backbone, policy, args)
+    plain, other = epoch.backbone.transformer, copy.deepcopy(epoch.backbone.transformer)
+    other.fuse_lora()
+    other.unload_lora()
+
+    def passes(transformer):
+        epoch.backbone.transformer = transformer
+        epoch.bare_sampling()
+
+    seconds = alternate({"as it is": lambda: passes(plain), "merged": lambda: passes(other)}, own.rounds)
+    show("merged / as it is", np.divide(seconds["merged"], seconds["as it is"]))
+    for transformer in (plain, other):
+        epoch.backbone.transformer = transformer
+        epoch.sampling()
+        epoch.backbone.transformer = plain
+        with torch.no_grad():
+            rho = torch.cat([
+                guard.slice_loss(epoch.backbone, args, step, t, piece, torch.zeros(1))[1]
+                for piece in epoch.slices for t, step in enumerate(epoch.steps[:-1])])
+        print(f"sampled {'as it is' if transformer is plain else 'merged'}: abs(rho) of the first update at "
+              f"most {rho.abs().max():.1e}; clip range {args.clip:.1e}")
+    write("bench_merged", args, [
+        dict(what=what, round=number, seconds=round(s, 4))
+        for what, of_it in seconds.items() for number, s in enumerate(of_it)])
+
+
 def start(args, own):
     """Seconds from the start of the process to its first rollout, every round a new process."""
     rows = []
@@ -418,6 +455,7 @@ def main():
     parser.add_argument("--growth", action="store_true", help="seconds by the size of an epoch")
     parser.add_argument("--processes", action="store_true", help="two processes against one")
     parser.add_argument("--memory", type=int, metavar="EPOCHS", help="memory over a small run")
+    parser.add_argument("--merged", action="store_true", help="the LoRA merged while sampling")
     parser.add_argument("--start", action="store_true", help="seconds to the first rollout")
     own, own.flags = parser.parse_known_args()
     args = guard.parse_args(own.flags)
@@ -425,8 +463,8 @@ def main():
         raise rewards.BadInput("--offload: not measured; diffusers' pipeline has offloading of its own")
     if guard.ON_GPU:
         torch.cuda.set_device(guard.DEVICE)
-    measures = [measure for measure in (growth, processes, memory, start) if getattr(own, measure.__name__)]
-    for measure in measures or [bench]:
+    measures = (growth, processes, memory, merged, start)
+    for measure in [each for each in measures if getattr(own, each.__name__)] or [bench]:
         measure(args, own)
 
 

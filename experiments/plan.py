@@ -240,7 +240,7 @@ def measure(backbone, args):
     policy, count["state"] = counted(guard.Policy, backbone, args)
     text, count["encode"] = counted(lambda: backbone.encode(["a prompt"])[0])
     (x, kept), count["sample"] = counted(guard.sample, backbone, steps, text, keys)
-    pixels, count["decode"] = counted(backbone.decode, x[:1])
+    pixels, count["decode"] = counted(backbone.decode, x)
     piece = guard.Slice(0, range(args.micro_batch), text, kept)
 
     def learn():
@@ -301,7 +301,7 @@ def flops_of(args, count, trained):
     """FLOPs of an epoch by part, of an evaluation and of a run, all processes together; no dead groups."""
     images, slices = args.groups * args.group_size, args.groups * args.group_size // args.micro_batch
     one_pass, one_update = count["sample"]["flops"] / 2, count["train"]["flops"]  # of a slice
-    picture = count["decode"]["flops"]
+    picture = count["decode"]["flops"] / args.micro_batch
     epoch = dict(
         encode=args.groups * count["encode"]["flops"],
         sample=slices * args.steps * one_pass,

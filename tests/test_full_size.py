@@ -72,7 +72,7 @@ def test_a_slice_is_sampled_decoded_and_learnt_from(run):
     assert run.velocities == [((8, *latents), torch.float32)] * 3
     assert look(tensors["x"]) == ((8, *latents), torch.float32)
     assert look(tensors["kept"]) == ((1, 3, 8, *latents), torch.float32)
-    assert look(tensors["pixels"]) == ((1, 3, 512, 512), torch.float32)
+    assert look(tensors["pixels"]) == ((8, 3, 512, 512), torch.float32)
     assert [look(part) for part in tensors["loss"]] == [((8,), torch.float32)] * 3
 
 

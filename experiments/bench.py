@@ -370,8 +370,8 @@ def processes(args, own):
 
 def memory(args, own):
     """Of this process after every epoch of a small run, its evaluations and checkpoints included."""
-    small = ("--groups 2 --group_size 4 --micro_batch 4 --updates_per_epoch 1 --steps 4 --eval_steps 4 "
-             f"--eval_prompts 4 --eval_every 20 --save_every 20 --epochs {own.memory}")
+    small = ("--groups 2 --group_size 4 --micro_batch 4 --updates_per_epoch 1 --eval_prompts 4 "
+             f"--eval_every 20 --save_every 20 --epochs {own.memory}")
     rows, train_epoch = [], guard.train_epoch
 
     def watched(backbone, policy, args, epoch, *rest):

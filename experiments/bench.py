@@ -34,7 +34,7 @@ Other questions, each a run of its own:
     --start               seconds from the start of the process to the first rollout, without evaluation
 
 Numbers go to bench.csv, bench_growth.csv and so on beside this file, one a row; a new run takes the place of
-the rows that have its model, device and dtype. OMP_NUM_THREADS sets the number of threads.
+the rows that have its model, device, dtype and reward. OMP_NUM_THREADS sets the number of threads.
 """
 
 import argparse
@@ -217,9 +217,9 @@ def device():
 
 
 def write(name, args, rows):
-    """Rows, dicts, into experiments/NAME.csv, in place of those of the same model, device and dtype."""
+    """Rows, dicts, into experiments/NAME.csv, in place of those of the same model, device, dtype, reward."""
     path = HERE / f"{name}.csv"
-    own = dict(model=args.model, device=device(), dtype=args.dtype)
+    own = dict(model=args.model, device=device(), dtype=args.dtype, reward=args.reward)
     rows = [own | row for row in rows]
     kept = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     kept = [row for row in kept if any(row[key] != own[key] for key in own)]

@@ -31,6 +31,8 @@ Other questions, each a run of its own:
     --memory 200          memory of a small run after each of so many epochs
     --merged              what merging the LoRA into the weights while sampling would save, and what it would
                           do to the ratio of the first update
+    --beside              seconds of sampling alone, and while the reward is read without a pause on a thread
+                          or in another process: what of its cost is Python's lock
     --start               seconds from the start of the process to the first rollout, without evaluation
 
 Numbers go to bench.csv, bench_growth.csv and so on beside this file, one a row; a new run takes the place of
@@ -46,6 +48,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -434,6 +437,57 @@ def merged(args, own):
         for what, of_it in seconds.items() for number, s in enumerate(of_it)])
 
 
+READER = """
+import base64, io, json, sys
+from PIL import Image
+import rewards
+read, (files, prompts, metadata) = rewards.load(sys.argv[1]), json.load(sys.stdin)
+pictures = [Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB") for file in files]
+print("reading", flush=True)
+while True:
+    read(pictures, prompts, metadata)
+"""
+
+
+def beside(args, own):
+    """Sampling beside a reward that never rests."""
+    backbone, policy = load(args)
+    epoch = Epoch(backbone, policy, args)
+    epoch.sampling()
+    pictures = epoch.drawing()[0][1]
+    work = (pictures, *zip(*[epoch.prompts[0]] * len(pictures), strict=True))
+    scorer, resting = rewards.load(args.reward), threading.Event()
+
+    def on_a_thread():
+        resting.clear()
+        reader = threading.Thread(target=lambda: [scorer(*work) for _ in iter(resting.is_set, True)])
+        reader.start()
+        return lambda: (resting.set(), reader.join())
+
+    def in_a_process():
+        reader = subprocess.Popen([sys.executable, "-c", READER, args.reward], cwd=HERE.parent, text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        json.dump([[rewards.png(picture) for picture in pictures], *work[1:]], reader.stdin)
+        reader.stdin.close()
+        reader.stdout.readline()
+        return lambda: (reader.kill(), reader.wait())
+
+    seconds = {}
+    for _ in range(own.rounds):
+        for what, begin in (("alone", lambda: bool), ("thread", on_a_thread), ("process", in_a_process)):
+            end = begin()
+            started = time.perf_counter()
+            epoch.sampling()
+            synchronise()
+            seconds.setdefault(what, []).append(time.perf_counter() - started)
+            end()
+    for what, of_it in seconds.items():
+        show(f"sampling, reward read without a pause: {what} / alone", np.divide(of_it, seconds["alone"]))
+    write("bench_beside", args, [
+        dict(beside=what, round=number, seconds=round(s, 4))
+        for what, of_it in seconds.items() for number, s in enumerate(of_it)])
+
+
 def start(args, own):
     """Seconds from the start of the process to its first rollout, every round a new process."""
     rows = []
@@ -456,6 +510,7 @@ def main():
     parser.add_argument("--processes", action="store_true", help="two processes against one")
     parser.add_argument("--memory", type=int, metavar="EPOCHS", help="memory over a small run")
     parser.add_argument("--merged", action="store_true", help="the LoRA merged while sampling")
+    parser.add_argument("--beside", action="store_true", help="sampling beside a reward that never rests")
     parser.add_argument("--start", action="store_true", help="seconds to the first rollout")
     own, own.flags = parser.parse_known_args()
     args = guard.parse_args(own.flags)
@@ -463,7 +518,7 @@ def main():
         raise rewards.BadInput("--offload: not measured; diffusers' pipeline has offloading of its own")
     if guard.ON_GPU:
         torch.cuda.set_device(guard.DEVICE)
-    measures = (growth, processes, memory, merged, start)
+    measures = (growth, processes, memory, merged, beside, start)
     for measure in [each for each in measures if getattr(own, each.__name__)] or [bench]:
         measure(args, own)
 

@@ -18,7 +18,7 @@ def test_every_link_to_a_line_points_at_the_name_it_gives():
 def test_every_flag_it_names_exists():
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", README))
     of_torchrun = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint"}
-    of_others = of_torchrun | {"port", "only", "kills", "growth", "processes", "memory", "start"}
+    of_others = of_torchrun | {"port", "only", "kills", "growth", "processes", "memory", "merged", "beside", "start"}
     text = "\n".join(CODE)
     assert flags > of_others
     assert [flag for flag in flags - of_others if not re.search(rf"^    {flag}: ", text, re.M)] == []

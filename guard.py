@@ -835,8 +835,8 @@ def train(args):
     if RANK == 0:
         write_config(args)
     done = load_checkpoint(policy, args) if args.resume else 0
+    prompts, held_out = rewards.read_set(args.prompts)
     scorers = {name: rewards.load(name) for name in dict.fromkeys([args.reward, *args.gold])}
-    prompts, held_out = rewards.read_set(args.prompts, scorers)
     check = partial(evaluate, backbone, policy, args, held_out[: args.eval_prompts], scorers)
     score = partial(ThreadPoolExecutor(1).submit, scorers[args.reward])  # on a thread, beside sampling
     say(f"{args.method} on {args.model} ({DEVICE.type}): {sum(map(torch.numel, policy.params)):,} weights "

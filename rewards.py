@@ -219,12 +219,12 @@ MOST_OBJECTS = 16  # of one class
 POSITION_MARGIN = 0.1  # of both objects' sizes: offsets up to this are no position
 
 
-def check_geneval(prompt, metadata):
-    """Raise BadInput unless `metadata` is a line of GenEval's."""
+def check_geneval(prompt, metadata, where=""):
+    """Raise BadInput, beginning with `where`, unless `metadata` is a line of GenEval's."""
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     lists = isinstance(include, list) and include and isinstance(exclude, list)
     if not lists or not isinstance(metadata.get("tag"), str):
-        raise BadInput('expected a "tag", a non-empty list "include" and, if any, a list "exclude"')
+        raise BadInput(f'{where}expected a "tag", a non-empty list "include" and, if any, a list "exclude"')
     for number, clause in enumerate(include + exclude):
         more = dict(clause) if isinstance(clause, dict) else {}
         name, count, colour = more.pop("class", None), more.pop("count", None), more.pop("color", "red")
@@ -232,7 +232,7 @@ def check_geneval(prompt, metadata):
         fits = more.pop("position", None) in places and colour in COLOURS and name in CLASSES and not more
         if not fits or type(count) is not int or not 1 <= count <= MOST_OBJECTS:
             wanted = f"a class of COCO by GenEval's name, count 1 to {MOST_OBJECTS}, if any color or"
-            raise BadInput(f"expected {wanted} position [relation, earlier clause]; got {clause}")
+            raise BadInput(f"{where}expected {wanted} position [relation, earlier clause]; got {clause}")
 
 
 def relative_position(box, target):
@@ -402,7 +402,7 @@ def judge_by(detector="facebook/mask2former-swin-small-coco-instance", clip="ope
             vectors = embed([cut_out(image, box, mask) for box, mask in group])
             return [COLOURS[index] for index in (vectors @ colour_vectors(name).T).argmax(-1).tolist()]
 
-        check_geneval("", metadata)
+        check_geneval("", metadata, f"geneval, metadata {str(metadata)[:80]}: ")
         objects = detect(image, COUNTING_THRESHOLD if metadata["tag"] == "counting" else THRESHOLD)
         return geneval_score(objects, metadata, colour_of)
 

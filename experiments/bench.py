@@ -40,6 +40,7 @@ the rows that have its model, device, dtype and reward. OMP_NUM_THREADS sets the
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import json
@@ -394,14 +395,6 @@ def memory(args, own):
     write("bench_memory", args, rows)
 
 
-DRIVER = """
-import os, time, guard
-guard.evaluate = lambda *_: None
-guard.rollout = lambda *_: (print("\\nstarted", time.time(), flush=True), os._exit(0))
-guard.main()
-"""
-
-
 def merged(args, own):
     """Forward passes with the LoRA merged into the weights, and the ratio of a first update after them.
 
@@ -422,14 +415,15 @@ def merged(args, own):
 
     seconds = alternate({"as it is": lambda: passes(plain), "merged": lambda: passes(other)}, own.rounds)
     show("merged / as it is", np.divide(seconds["merged"], seconds["as it is"]))
+    trained, advantage = [step for step in epoch.steps if step.s > 0], torch.zeros(1, device=guard.DEVICE)
     for transformer in (plain, other):
         epoch.backbone.transformer = transformer
         epoch.sampling()
         epoch.backbone.transformer = plain
         with torch.no_grad():
             rho = torch.cat([
-                guard.slice_loss(epoch.backbone, args, step, t, piece, torch.zeros(1))[1]
-                for piece in epoch.slices for t, step in enumerate(epoch.steps[:-1])])
+                guard.slice_loss(epoch.backbone, args, step, t, piece, advantage)[1]
+                for piece in epoch.slices for t, step in enumerate(trained)])
         print(f"sampled {'as it is' if transformer is plain else 'merged'}: abs(rho) of the first update at "
               f"most {rho.abs().max():.1e}; clip range {args.clip:.1e}")
     write("bench_merged", args, [
@@ -458,34 +452,52 @@ def beside(args, own):
     work = (pictures, *zip(*[epoch.prompts[0]] * len(pictures), strict=True))
     scorer, resting = rewards.load(args.reward), threading.Event()
 
+    @contextlib.contextmanager
     def on_a_thread():
-        resting.clear()
-        reader = threading.Thread(target=lambda: [scorer(*work) for _ in iter(resting.is_set, True)])
-        reader.start()
-        return lambda: (resting.set(), reader.join())
+        def read():
+            while not resting.is_set():
+                scorer(*work)
 
+        resting.clear()
+        reader = threading.Thread(target=read)
+        reader.start()
+        yield
+        resting.set()
+        reader.join()
+
+    @contextlib.contextmanager
     def in_a_process():
         reader = subprocess.Popen([sys.executable, "-c", READER, args.reward], cwd=HERE.parent, text=True,
                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         json.dump([[rewards.png(picture) for picture in pictures], *work[1:]], reader.stdin)
         reader.stdin.close()
         reader.stdout.readline()
-        return lambda: (reader.kill(), reader.wait())
+        yield
+        reader.kill()
+        reader.wait()
 
-    seconds = {}
+    company = {"alone": contextlib.nullcontext, "thread": on_a_thread, "process": in_a_process}
+    seconds = {what: [] for what in company}
     for _ in range(own.rounds):
-        for what, begin in (("alone", lambda: bool), ("thread", on_a_thread), ("process", in_a_process)):
-            end = begin()
-            started = time.perf_counter()
-            epoch.sampling()
-            synchronise()
-            seconds.setdefault(what, []).append(time.perf_counter() - started)
-            end()
+        for what, begin in company.items():
+            with begin():
+                started = time.perf_counter()
+                epoch.sampling()
+                synchronise()
+                seconds[what].append(time.perf_counter() - started)
     for what, of_it in seconds.items():
         show(f"sampling, reward read without a pause: {what} / alone", np.divide(of_it, seconds["alone"]))
     write("bench_beside", args, [
         dict(beside=what, round=number, seconds=round(s, 4))
         for what, of_it in seconds.items() for number, s in enumerate(of_it)])
+
+
+DRIVER = """
+import os, time, guard
+guard.evaluate = lambda *_: None
+guard.rollout = lambda *_: (print("\\nstarted", time.time(), flush=True), os._exit(0))
+guard.main()
+"""
 
 
 def start(args, own):

@@ -428,7 +428,7 @@ def test_geneval_from_picture_to_score(clip, detector):
 
 
 def test_geneval_needs_its_metadata(clip, detector):
-    with pytest.raises(BadInput, match='expected a "tag", a non-empty list "include"'):
+    with pytest.raises(BadInput, match='geneval, metadata .*expected a "tag", a non-empty list "include"'):
         rewards.load_geneval(detector=detector, clip=clip)([noise(0)], ["a dog"], [{}])
 
 

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Train on the OCR reward with what this machine has: one process per GPU, or one process on the CPU.
+# Train on the OCR reward with what this machine has: SD3.5-M with one process per GPU, or without a GPU tiny-sd3
+# with one single-threaded process per core, 4 at most: they share the 4 prompts of an update.
 # Arguments go on to guard.py, for example: ./run_ocr.sh --method flow-grpo --seed 1
 set -euo pipefail
 cd "$(dirname "$0")"
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -gt 1 ]; then
-    exec torchrun --standalone --nproc_per_node="$gpus" guard.py --task ocr "$@"
+processes=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$processes" -eq 0 ]; then
+    cores=$(python -c 'import rewards; print(rewards.usable_cores())')
+    processes=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
+    export OMP_NUM_THREADS=1
 fi
-exec python guard.py --task ocr "$@"
+exec torchrun --standalone --nproc_per_node="$processes" guard.py --task ocr "$@"

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from PIL import Image
 
 import rewards
 from rewards import BadInput, RewardError
+from scorers import remote
 
 HERE = Path(__file__).resolve().parent.parent
 IMAGES = [Image.fromarray(np.full((4, 6, 3), value, np.uint8)) for value in (0, 51, 255)]
@@ -28,10 +31,13 @@ ASKED = IMAGES, ("a", "b", "c"), ({"n": 1}, {}, {})
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    """Short waits, no proxy, and none of the user's own servers."""
-    monkeypatch.setattr(rewards, "TIMEOUT", 0.3)
-    monkeypatch.setattr(rewards, "WAIT", 0.01)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    """Short waits, a proxy that is not there, and none of the user's own servers."""
+    monkeypatch.setattr(remote, "GET_TIMEOUT", 2)
+    monkeypatch.setattr(remote, "POST_TIMEOUT", 2)
+    monkeypatch.setattr(remote, "WAIT", 0.001)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for name in [name for name in os.environ if name.startswith("GRPO_GUARD_")]:
         monkeypatch.delenv(name)
 
@@ -47,7 +53,7 @@ def serve():
     servers = []
 
     def start(name, reward):
-        servers.append(rewards.make_server(name, reward, "127.0.0.1", 0))
+        servers.append(remote.make_server(name, reward, "127.0.0.1", 0))
         return running(servers[-1])
 
     yield start
@@ -136,7 +142,7 @@ def test_a_failing_reward_fails_at_the_other_end(serve, monkeypatch):
     monkeypatch.setenv("GRPO_GUARD_HTTP_URL", serve("x", broken))
     with pytest.raises(RewardError, match="127.0.0.1.*500, .*RuntimeError: engine broke"):
         rewards.load("http")(*ASKED)
-    assert len(calls) == rewards.TRIES
+    assert len(calls) == remote.TRIES
 
 
 @pytest.mark.parametrize(
@@ -151,7 +157,7 @@ def test_a_failing_reward_fails_at_the_other_end(serve, monkeypatch):
 )
 def test_a_malformed_request_is_the_senders_fault(serve, request_body, why):
     url = serve("x", brightness)
-    with rewards.OPENER.open(urllib.request.Request(url, request_body), timeout=5) as answer:
+    with remote.opener(url).open(urllib.request.Request(url, request_body), timeout=5) as answer:
         assert answer.status == 400 and why in json.load(answer)["error"]
 
 
@@ -159,7 +165,40 @@ def test_only_png_is_opened(serve):
     Image.new("RGB", (4, 4)).save(buffer := io.BytesIO(), "GIF")
     body = dict(images=[base64.b64encode(buffer.getvalue()).decode()], prompts=["a"], metadata=[{}])
     with pytest.raises(RewardError, match="400, .*cannot identify image"):
-        rewards.ask(serve("x", brightness), data=body)
+        remote.ask(serve("x", brightness), data=body)
+
+
+def body_of(images):
+    return dict(images=images, prompts=["a"] * len(images), metadata=[{}] * len(images))
+
+
+@pytest.mark.parametrize("shape", [(13_000, 13_000), (8192, 8193), (20_000, 20_000)])
+def test_a_small_file_of_a_huge_picture_is_not_decoded(serve, monkeypatch, shape):
+    """Black pictures compress a thousandfold: 13,000 x 13,000 pixels are 219 KB as PNG, 507 MB as RGB."""
+    buffer = io.BytesIO()
+    Image.new("1", (8, 8)).save(buffer, "PNG")
+    header = struct.pack(">4sIIBBBBB", b"IHDR", *shape, 1, 0, 0, 0, 0)  # the size is all that may be read
+    picture = bytearray(buffer.getvalue())
+    picture[12:33] = header + struct.pack(">I", zlib.crc32(header))
+    monkeypatch.setattr(Image.Image, "convert", pytest.fail)
+    with pytest.raises(RewardError, match="400, .*pixels"):
+        remote.ask(serve("x", brightness), data=body_of([base64.b64encode(picture).decode()]))
+
+
+def test_many_pictures_may_not_be_large_together(serve):
+    good = [remote.png(Image.new("L", (4096, 4096)))] * 4  # exactly as many as may be
+    url = serve("x", lambda images, prompts, metadata: [image.width for image in images])
+    assert remote.ask(url, "scores", data=body_of(good)) == [4096] * 4
+    with pytest.raises(RewardError, match="400, .*more than 67108864 pixels together"):
+        remote.ask(url, data=body_of([*good, remote.png(Image.new("L", (1, 1)))]))
+
+
+def test_a_request_holds_at_most_256_pictures(serve):
+    url = serve("x", lambda images, prompts, metadata: [0.5] * len(images))
+    picture = remote.png(Image.new("L", (1, 1)))
+    assert remote.ask(url, "scores", data=body_of([picture] * 256)) == [0.5] * 256
+    with pytest.raises(RewardError, match="400, .*257 images; expected at most 256"):
+        remote.ask(url, data=body_of([picture] * 257))
 
 
 @pytest.mark.parametrize("length", ["Content-Length: 99999999999\r\n", "Content-Length: -1\r\n", ""])
@@ -200,18 +239,85 @@ def test_5xx_and_broken_connections_are_tried_again(fake, monkeypatch):
         assert reward(*ASKED) == [1, 2, 3] and len(asked) == 4
 
 
-def test_a_slow_server_is_tried_again_and_then_given_up(fake, monkeypatch):
-    slow = (0, lambda handler: time.sleep(0.6))
-    reward, asked = http(fake, monkeypatch, slow, (200, {"scores": [1, 2, 3]}))
-    assert reward(*ASKED) == [1, 2, 3] and len(asked) == 3
-    reward, asked = http(fake, monkeypatch, slow)
-    start = time.monotonic()
-    with pytest.raises(RewardError, match="no answer, .*timed out"):
+def test_a_request_that_was_sent_is_not_sent_again_after_a_timeout(fake, monkeypatch):
+    """The server may still be scoring it."""
+    done = threading.Event()
+    reward, asked = http(fake, monkeypatch, (0, lambda handler: done.wait(10)))
+    monkeypatch.setattr(remote, "POST_TIMEOUT", 0.2)
+    with pytest.raises(RewardError, match="http://127.0.0.1:.*no answer, timed out"):
         reward(*ASKED)
-    assert rewards.TRIES * 0.3 <= time.monotonic() - start < 4
+    done.set()
+    assert len(asked) == 2  # the one at the start, and one
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 302, 204])
+def test_an_answer_that_stops_halfway_is_a_timeout_too(fake, monkeypatch):
+    done = threading.Event()
+
+    def half(handler):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+        done.wait(10)
+
+    reward, asked = http(fake, monkeypatch, (0, half))
+    monkeypatch.setattr(remote, "POST_TIMEOUT", 0.2)
+    with pytest.raises(RewardError, match="no answer, timed out"):
+        reward(*ASKED)
+    done.set()
+    assert len(asked) == 2
+
+
+def test_scoring_may_take_longer_than_a_greeting(fake, monkeypatch):
+    def late(handler):
+        time.sleep(0.3)
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b'{"scores": [1, 2, 3]}')
+
+    reward, asked = http(fake, monkeypatch, (0, late))
+    monkeypatch.setattr(remote, "GET_TIMEOUT", 0.05)
+    assert reward(*ASKED) == [1, 2, 3] and len(asked) == 2
+
+
+def test_a_connection_that_takes_too_long_is_tried_again(monkeypatch):
+    """A timeout before anything was sent, as of a machine that is just starting."""
+    tried = []
+
+    def connect(address, *args, **kwargs):
+        tried.append(address)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(RewardError, match="no answer, URLError: .*timed out"):
+        remote.ask("http://127.0.0.1:8000", data={})
+    assert tried == [("127.0.0.1", 8000)] * remote.TRIES
+
+
+@pytest.mark.parametrize(
+    "url, host",
+    [
+        ("http://127.0.0.1:8000", "127.0.0.1"),
+        ("http://127.1.2.3", "127.1.2.3"),
+        ("http://localhost:8000/v1", "localhost"),
+        ("http://[::1]:8000", "::1"),
+        ("http://gpu-server:8000", "proxy.example"),
+        ("http://localhost.example.com", "proxy.example"),
+        ("http://127.0.0.1.example.com", "proxy.example"),
+    ],
+)
+def test_a_proxy_is_for_other_machines_only(monkeypatch, url, host):
+    tried = []
+
+    def connect(address, *args, **kwargs):
+        tried.append(address[0])
+        raise ConnectionRefusedError
+
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setattr(socket, "create_connection", connect)
+    with pytest.raises(RewardError, match="refused|URLError"):
+        remote.ask(url)
+    assert tried == [host] * remote.TRIES
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422, 302, 204, 504])
 def test_other_answers_are_final(fake, monkeypatch, status):
     reward, asked = http(fake, monkeypatch, (status, {"error": "no such thing"} if status != 204 else b""))
     with pytest.raises(RewardError, match=f"http://127.0.0.1:.*got {status}, "):
@@ -229,9 +335,9 @@ def test_other_answers_are_final(fake, monkeypatch, status):
         ({"scores": [1, 2, None]}, "expected 3 numbers"),
         ({"scores": [1, 2, "3"]}, "expected 3 numbers"),
         ({"scores": [1, 2, True]}, "expected 3 numbers"),
-        ({"scores": [1, 2]}, "2 scores for 3 images"),
-        ({"scores": [1, 2, float("nan")]}, "returned nan"),
-        ({"scores": [1, 2, float("inf")]}, "returned inf"),
+        ({"scores": [1, 2]}, "expected 3 finite numbers, got 2"),
+        ({"scores": [1, 2, float("nan")]}, "expected 3 finite numbers, .*nan"),
+        ({"scores": [1, 2, float("inf")]}, "expected 3 finite numbers, .*inf"),
         (b'{"scores": [1, 2, 3' + b" " * 2**20 + b"]}", "got 200"),  # larger than is read
     ],
 )
@@ -296,7 +402,7 @@ def test_imagereward_is_asked_with_each_prompt_and_picture(monkeypatch):
     ],
 )
 def test_the_mark_is_read(text, score):
-    assert rewards.final_score(text) == score
+    assert remote.final_score(text) == score
 
 
 @pytest.mark.parametrize(
@@ -314,7 +420,7 @@ def test_the_mark_is_read(text, score):
 )
 def test_no_mark_is_not_a_score(text):
     with pytest.raises(RewardError, match="expected .Final Score:. and 1 to 5"):
-        rewards.final_score(text)
+        remote.final_score(text)
 
 
 MODELS = (200, {"data": [{"id": "unified-7b"}]})
@@ -394,7 +500,7 @@ def test_the_command_serves_a_reward_of_the_project(monkeypatch):
     prompt = cards.prompt_of("CAT", "red")
     image = Image.fromarray(np.full((cards.HEIGHT, cards.WIDTH, 3), 120, np.uint8))
     expected = rewards.load("cards-colour")([image], [prompt], [{}])
-    command = [sys.executable, "rewards.py", "serve", "cards-colour", "--port", "0"]
+    command = [sys.executable, "-m", "scorers.remote", "serve", "cards-colour", "--port", "0"]
     environment = os.environ | {"GRPO_GUARD_CARDS_COLOUR_URL": "http://127.0.0.1:9"}
     served = subprocess.Popen(
         command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -402,7 +508,8 @@ def test_the_command_serves_a_reward_of_the_project(monkeypatch):
     try:
         line = served.stdout.readline()
         assert re.fullmatch(r"cards-colour at http://127\.0\.0\.1:\d+\n", line)
-        monkeypatch.setattr(rewards, "TIMEOUT", 10)
+        monkeypatch.setattr(remote, "GET_TIMEOUT", 10)
+        monkeypatch.setattr(remote, "POST_TIMEOUT", 10)
         monkeypatch.setenv("GRPO_GUARD_CARDS_COLOUR_URL", line.split()[-1])
         assert rewards.load("cards-colour")([image], [prompt], [{}]) == pytest.approx(expected)
     finally:
@@ -411,7 +518,7 @@ def test_the_command_serves_a_reward_of_the_project(monkeypatch):
 
 
 def test_the_command_fails_in_one_line():
-    command = [sys.executable, "rewards.py", "serve", "http", "--port", "0"]
+    command = [sys.executable, "-m", "scorers.remote", "serve", "http", "--port", "0"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stdout == ""
     assert "error: GRPO_GUARD_HTTP_URL: expected a URL" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,332 @@
+"""GenEval: are the objects there that the prompt asks for, as many, in those colours and places?
+
+A detector, Mask2Former, finds the objects, and a CLIP model names their colours; both run in process. The
+rules are GenEval's (Ghosh et al. 2023, https://github.com/djghosh13/geneval, evaluate_images.py), the score
+to train on is Flow-GRPO's.
+
+A judge is a detector and a CLIP model, each a folder or a hub id. By default it is GenEval's own, for the
+classes of COCO. Any other says what differs in a file `geneval.json` in the detector's folder, a JSON object
+whose keys are fields of `Settings`. In rewards.py such a judge is registered by name, here for both scores:
+
+    mine = dict(detector="FOLDER", clip="FOLDER")
+    REWARDS["mine"] = functools.partial(scorer, "geneval", "load", **mine)
+    REWARDS["mine-strict"] = functools.partial(scorer, "geneval", "load", strict=True, **mine)
+    CHECKS["mine"] = CHECKS["mine-strict"] = functools.partial(scorer, "geneval", "check", **mine)
+"""
+
+import functools
+import json
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from rewards import BadInput, RewardError, from_hub, load_clip, model_from_hub
+
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+CLIP = "openai/clip-vit-large-patch14"
+
+# COCO's 80 classes in its order, by the names that GenEval's prompts use.
+CLASSES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, "
+    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, "
+    "backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, "
+    "baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, "
+    "knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, "
+    "chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, "
+    "computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
+    "scissors, teddy bear, hair drier, toothbrush"
+).split(", ")
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+COLOUR_PROMPTS = ["a photo of a {0} {1}", "a photo of a {0}-colored {1}", "a photo of a {0} object"]
+RELATIONS = ("left of", "right of", "above", "below")
+MOST_OBJECTS = 16  # of one class
+POSITION_MARGIN = 0.1  # of both objects' sizes: offsets up to this are no position
+
+
+class Settings(NamedTuple):
+    """What belongs to a judge. The defaults are GenEval's."""
+
+    classes: list[str] = CLASSES  # in the order of the detector's labels
+    colours: list[str] = COLOURS
+    colour_prompts: list[str] = COLOUR_PROMPTS  # {0} is the colour, {1} the class
+    threshold: float = 0.3  # confidence above which an object is there
+    counting_threshold: float = 0.9  # the same where the tag is "counting"
+    short_side: int = 800  # pixels to which a picture is scaled,
+    long_side: int = 1333  # but the long side to no more than this
+    size: list[int] | None = None  # or [height, width], to which every picture is scaled
+    largest_component: bool = False  # keep only the largest connected part of each mask
+
+
+@functools.cache
+def settings_of(detector):
+    """The Settings of a judge, by the `geneval.json` in its detector's folder if there is one.
+
+    Raises BadInput for a file that is not a JSON object with keys and values of their kinds.
+    """
+    file = Path(detector) / "geneval.json"
+    if not file.is_file():
+        return Settings()
+    try:
+        given = json.loads(file.read_text())
+        settings = Settings(**given)
+    except (OSError, ValueError, TypeError) as error:
+        keys = ", ".join(Settings._fields)
+        raise BadInput(f"{file}: expected a JSON object with keys of {keys}; got {error}") from None
+    lists = [settings.classes, settings.colours, settings.colour_prompts]
+    if not all(is_list_of(str, part) for part in lists):
+        raise BadInput(f"{file}: expected non-empty lists of strings as classes, colours and colour_prompts")
+    sides = [settings.short_side, settings.long_side] if settings.size is None else settings.size
+    if not is_list_of(int, sides) or len(sides) != 2 or min(sides) < 1:
+        raise BadInput(f"{file}: expected numbers of pixels as short_side and long_side, or two as size")
+    for threshold in (settings.threshold, settings.counting_threshold):
+        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+            raise BadInput(f"{file}: expected thresholds from 0 to 1, got {threshold!r}")
+    if type(settings.largest_component) is not bool:
+        raise BadInput(f"{file}: expected true or false as largest_component")
+    return settings
+
+
+def is_list_of(kind, value):
+    return isinstance(value, list) and len(value) > 0 and all(type(item) is kind for item in value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The rules
+
+
+def check(prompt, metadata, detector=DETECTOR, clip=CLIP):
+    """Raise BadInput unless the metadata is GenEval's, with classes and colours that the judge knows."""
+    settings = settings_of(detector)
+    check_geneval(prompt, metadata, settings.classes, settings.colours)
+
+
+def check_geneval(prompt, metadata, classes=CLASSES, colours=COLOURS):
+    """Raise BadInput, in one line, unless `metadata` is GenEval's, with these classes and colours."""
+    include, exclude = metadata.get("include"), metadata.get("exclude", [])
+    lists = isinstance(include, list) and include and isinstance(exclude, list)
+    if not lists or not isinstance(metadata.get("tag"), str):
+        wanted = 'a "tag", a non-empty list "include" and, if any, a list "exclude"'
+        raise BadInput(f"expected {wanted}; got the metadata {str(metadata)[:100]}")
+    for number, clause in enumerate(include + exclude):
+        if not fits(clause, number, classes, colours):
+            of_classes = textwrap.shorten(", ".join(classes), 80, placeholder=" ...")
+            of_colours = textwrap.shorten(", ".join(colours), 80, placeholder=" ...")
+            raise BadInput(
+                f'expected a "class" of {of_classes}; a "count" from 1 to {MOST_OBJECTS}; if any, a "color" '
+                f'of {of_colours} or a "position" [relation, earlier clause]; got {str(clause)[:100]}'
+            )
+
+
+def fits(clause, number, classes, colours):
+    """Whether this is a clause of GenEval's; `number` others stand before it."""
+    if not isinstance(clause, dict) or not clause.keys() <= {"class", "count", "color", "position"}:
+        return False
+    if clause.get("class") not in classes or clause.get("color", colours[0]) not in colours:
+        return False
+    if "position" in clause:
+        place = clause["position"]
+        if not isinstance(place, list) or len(place) != 2 or place[0] not in RELATIONS:
+            return False
+        if type(place[1]) is not int or not 0 <= place[1] < number:
+            return False
+    return type(clause.get("count")) is int and 1 <= clause["count"] <= MOST_OBJECTS
+
+
+def relative_position(box, target):
+    """The set of RELATIONS, none to two, in which `box` stands to `target`; each is (x0, y0, x1, y1, ...).
+
+    The offset of the centres counts as far as it exceeds a tenth of both sizes, and if that is more than half
+    of the distance between the centres. This is GenEval's rule.
+    """
+    corners, of_target = np.reshape(box[:4], (2, 2)), np.reshape(target[:4], (2, 2))  # two points (x, y) each
+    offset = corners.mean(axis=0) - of_target.mean(axis=0)
+    margin = POSITION_MARGIN * (np.abs(corners[1] - corners[0]) + np.abs(of_target[1] - of_target[0]))
+    beyond = np.maximum(np.abs(offset) - margin, 0) * np.sign(offset)
+    if (np.abs(beyond) < 1e-3).all():
+        return set()
+    x, y = beyond / np.linalg.norm(offset)
+    return {name for name, far in zip(RELATIONS, (-x, x, -y, y), strict=True) if far > 0.5}
+
+
+def all_stand(group, relation, target):
+    """Whether each (box, mask) of the group stands in that relation to each of the target."""
+    for box, _ in group:
+        for other, _ in target:
+            if relation not in relative_position(box, other):
+                return False
+    return True
+
+
+def geneval_score(objects, metadata, colour_of):
+    """(strict, score, reason): GenEval's own verdict, Flow-GRPO's partial score, and what was wrong.
+
+    objects: class name -> list of (box, mask), the surest first; box: (x0, y0, x1, y1, confidence), in pixels
+    metadata: GenEval's: "include", clauses that must all hold, and "exclude", of which none may
+    colour_of: (class name, list of (box, mask)) -> list of as many names of colours
+
+    strict is `correct` of GenEval's evaluate_images.py: there are at least `count` of each class, and the
+    surest `count` of them have the colour and stand, each to each of the target, in the position asked for.
+    score is the mean over parts. Each clause has one, 1 - |count - found| / count, where all found count, so
+    it may be negative. If it asks for a colour or a position it has one more: the share rightly coloured, or
+    whether the position holds, but 0 where the count, its own or the target's, is not met exactly.
+    """
+    parts, reasons, groups = [], [], []
+    for clause in metadata["include"]:
+        name, count = clause["class"], clause["count"]
+        found = objects.get(name, [])
+        group = found[:count]
+        exact = len(found) == count  # Flow-GRPO's condition for any further part
+        holds = len(group) == count  # GenEval's
+        more = []
+        if "color" in clause and holds:
+            right = colour_of(name, group).count(clause["color"])
+            more.append(right / count)
+            holds = right == count
+        if "position" in clause and holds:
+            relation, index = clause["position"]
+            target, target_exact = groups[index]  # no target where its clause does not hold
+            holds = target is not None and all_stand(group, relation, target)
+            # A departure: where the position fails, Flow-GRPO's server adds a part of 1 after that of 0.
+            more.append(float(holds and target_exact))
+        parts.append(1 - abs(count - len(found)) / count)
+        if "color" in clause or "position" in clause:
+            parts += more if exact else [0.0]
+        groups.append((group if holds else None, exact and all(part == 1 for part in more)))
+        if not holds:
+            reasons.append(f"found {len(found)}, expected {clause}")
+    for clause in metadata.get("exclude", []):
+        found = len(objects.get(clause["class"], []))
+        if found >= clause["count"]:
+            reasons.append(f"found {found}, excluded {clause}")
+    return not reasons, sum(parts) / len(parts), "; ".join(reasons)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+def scaled_size(image, settings):
+    """{"height", "width"} in pixels of the picture that the detector sees."""
+    if settings.size:
+        height, width = settings.size
+        return dict(height=height, width=width)
+    width, height = image.size
+    scale = min(settings.short_side / min(width, height), settings.long_side / max(width, height))
+    # In multiples of 32, so that nothing is padded.
+    return {side: max(1, round(n * scale / 32)) * 32 for side, n in (("height", height), ("width", width))}
+
+
+def largest_part(mask):
+    """The largest connected part of a mask, (H, W) of bool."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    sizes = np.bincount(labels.ravel())[1:]  # without what is outside of the mask
+    return labels == 1 + sizes.argmax()
+
+
+def box_of(mask):
+    """(x0, y0, x1, y1) in pixels, the last two exclusive, of a mask, (H, W) of bool, that is not empty."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def load_detector(name, settings):
+    """detect(image, threshold) -> objects as `geneval_score` takes them, by a Mask2Former.
+
+    Sizes, scores and boxes are those of MMDetection, which GenEval uses: transformers' own post-processing
+    brings every mask to 384 x 384 pixels first. Raises BadInput if the model has other classes than the
+    settings; `detect` raises RewardError where the model returns a number that is not finite.
+    """
+    import torch
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+    processor = from_hub(AutoImageProcessor, name)
+    model = model_from_hub(Mask2FormerForUniversalSegmentation, name)
+    labels, classes = model.config.num_labels, settings.classes
+    if labels != len(classes):
+        raise BadInput(f"{name}: has {labels} labels; expected a geneval.json with them, not {len(classes)}")
+
+    @torch.no_grad()
+    def detect(image, threshold):
+        inputs = processor(images=image, size=scaled_size(image, settings), return_tensors="pt")
+        output = model(**inputs.to(model.device))
+        sure = output.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, classes) without "nothing"
+        if not (sure.isfinite().all() and output.masks_queries_logits.isfinite().all()):
+            raise RewardError(f"{name} returned numbers that are not finite")
+        queries, labels = (sure > threshold).nonzero(as_tuple=True)  # K candidates; a mask only lowers them
+        masks = output.masks_queries_logits[0, queries, None]  # (K, 1, height / 4, width / 4)
+        masks = torch.nn.functional.interpolate(masks, image.size[::-1], mode="bilinear")[:, 0]  # (K, H, W)
+        inside = masks > 0
+        if settings.largest_component:
+            for index, mask in enumerate(inside.cpu().numpy()):
+                inside[index] = torch.from_numpy(largest_part(mask))
+        scores = sure[queries, labels] * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        objects = {}
+        for index in scores.argsort(descending=True).tolist():
+            found = objects.setdefault(classes[labels[index]], [])
+            if scores[index] > threshold and len(found) < MOST_OBJECTS:
+                mask = inside[index].cpu().numpy()
+                found.append(((*box_of(mask), scores[index].item()), mask))
+        return objects
+
+    return detect
+
+
+def cut_out(image, box, mask):
+    """The box of the image, with the gray #999 wherever its mask, (H, W) of bool, is not."""
+    return Image.composite(image, Image.new("RGB", image.size, "#999"), Image.fromarray(mask)).crop(box[:4])
+
+
+def load_colour_judge(clip, settings):
+    """colours_of(image, class name, list of (box, mask)) -> as many names of colours, by a CLIP model."""
+    import torch
+
+    embed, _ = load_clip(clip, clip)
+
+    @functools.cache
+    def vectors_of(name):
+        """(colours, D): the mean of each colour's prompts, normalised."""
+        texts = settings.colour_prompts
+        prompts = [text.format(colour, name) for colour in settings.colours for text in texts]
+        vectors = embed(prompts).unflatten(0, (-1, len(texts)))  # (colours, prompts, D)
+        return torch.nn.functional.normalize(vectors.mean(1), dim=-1)
+
+    def colours_of(image, name, group):
+        vectors = embed([cut_out(image, box, mask) for box, mask in group])  # (N, D)
+        nearest = (vectors @ vectors_of(name).T).argmax(-1)
+        return [settings.colours[index] for index in nearest.tolist()]
+
+    return colours_of
+
+
+@functools.cache  # geneval and geneval-strict share their models
+def judge_by(detector=DETECTOR, clip=CLIP):
+    """judge(image, metadata) -> (strict, score, reason) of `geneval_score`. Raises BadInput, as `check`."""
+    settings = settings_of(detector)
+    detect = load_detector(detector, settings)
+    colours_of = load_colour_judge(clip, settings)
+
+    def judge(image, metadata):
+        check_geneval("", metadata, settings.classes, settings.colours)
+        counting = metadata["tag"] == "counting"
+        objects = detect(image, settings.counting_threshold if counting else settings.threshold)
+        return geneval_score(objects, metadata, functools.partial(colours_of, image))
+
+    return judge
+
+
+def load(strict=False, detector=DETECTOR, clip=CLIP):
+    """GenEval by Flow-GRPO's partial score, at most 1, or strict, 0 or 1. In process, with no server."""
+    judge = judge_by(detector, clip)
+
+    def reward(images, prompts, metadata):
+        verdicts = [judge(image, about) for image, about in zip(images, metadata, strict=True)]
+        return [float(correct) if strict else score for correct, score, _ in verdicts]
+
+    return reward

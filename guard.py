@@ -57,7 +57,6 @@ import numpy as np
 import peft
 import torch
 import torch.distributed as dist
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import EMAModel, cast_training_params
 from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -329,8 +328,8 @@ class Flux(SD3):
     def sigmas(self, steps):
         """The shift of the noise levels depends on the number of image tokens."""
         config, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
-        shift = calculate_shift(
-            tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        shift = config.base_shift + slope * (tokens - config.base_image_seq_len)
         self.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
         return self.pipe.scheduler.sigmas.tolist()
 

@@ -2,7 +2,6 @@
 
     python experiments/run.py                 # what is not in experiments/results yet, in the table's order
     python experiments/run.py --only main     # a group, or runs, by name
-    python experiments/run.py --list
 
 A run is one single-threaded process of guard.py as it stands, in experiments/runs/NAME. When it is done, its
 numbers are written to experiments/results/NAME/ as CSV. Stop this at any time: started again it goes on from
@@ -30,10 +29,8 @@ LR = 2e-3
 CLIP = dict(guard=2.3e-5, baseline=1.1e-3)  # the paper's times sqrt(65,536 / 512), the ratio of D
 EQUAL_CLIP = 4.5e-5  # of flow-grpo, with which it clips the share of samples that guard clips
 FIRST_SEED = 10
-COMMON = (
-    f"--task ocr --model tiny-sd3 --epochs {EPOCHS} --eval_every 6 --eval_prompts 512 --save_every 3 --keep 1"
-)
-RATIO_EPOCHS = range(5, 15)  # whose samples' rho is kept, for Figure 2
+COMMON = f"--task ocr --model tiny-sd3 --epochs {EPOCHS} --eval_every 6 --eval_prompts 512 --keep 1"
+RATIO_EPOCHS = range(5, 15)  # whose samples' rho is kept
 
 
 def flags(method, lr=LR, clip=None, more=""):
@@ -54,7 +51,6 @@ TABLE = {
         "temp-reweight": flags("temp-reweight"),
         "mean-revised": flags("mean-revised"),
         "rationorm": flags("rationorm"),
-        "guard-v": flags("guard-v", clip=9 * CLIP["guard"]),
     },
     "kl": {
         "guard-kl": flags("guard", more="--kl_beta 0.04"),
@@ -84,44 +80,46 @@ def all_runs():
 
 def record(guard, folder):
     """Wrap guard's functions, so that they leave scores.csv and rho.csv in the run's folder."""
-    evaluate, slice_loss, train_epoch = guard.evaluate, guard.slice_loss, guard.train_epoch
-    epoch_now = [0]
+    load, evaluate, slice_loss, train_epoch = (
+        guard.rewards.load, guard.evaluate, guard.slice_loss, guard.train_epoch)
+    noted, now = {}, {}  # prompt -> its row of scores.csv; the epoch
 
-    def recording_evaluate(backbone, policy, args, held_out, scorers, updates):
-        columns = {name: [] for name in scorers}
+    def noting_load(name, *rest):
+        scorer = load(name, *rest)
 
-        def recording(name):
-            def score(images, prompts, metadata):
-                columns[name] += (values := scorers[name](images, prompts, metadata))
-                return values
+        def score(images, prompts, metadata):
+            values = scorer(images, prompts, metadata)
+            for prompt, value in zip(prompts, values, strict=True):
+                noted.setdefault(prompt, dict(prompt=prompt))[name] = f"{value:.4f}"
+            return values
 
-            return score
+        return score
 
-        evaluate(backbone, policy, args, held_out, {name: recording(name) for name in scorers}, updates)
-        rows = [dict(update=updates, prompt=prompt) for prompt, _ in held_out]
-        for name, values in columns.items():
-            for row, value in zip(rows, values, strict=True):
-                row[name] = f"{value:.4f}"
+    def noting_evaluate(backbone, policy, args, scorers, updates):
+        noted.clear()  # what the epochs before have noted
+        evaluate(backbone, policy, args, scorers, updates)
         if updates in (0, args.epochs * args.updates_per_epoch):
+            rows = [dict(update=updates) | row for row in noted.values()]
             write(folder / "scores.csv", rows, append=updates > 0)
 
-    def recording_epoch(backbone, policy, args, epoch, *rest):
-        epoch_now[0] = epoch
+    def noting_epoch(backbone, policy, args, epoch, *rest):
+        now["epoch"] = epoch
         return train_epoch(backbone, policy, args, epoch, *rest)
 
-    def recording_loss(backbone, args, step, t, piece, advantage):
-        answer = slice_loss(backbone, args, step, t, piece, advantage)
-        off_policy = piece.slot >= args.groups // args.updates_per_epoch
-        if epoch_now[0] in RATIO_EPOCHS and args.seed == FIRST_SEED and off_policy:
-            where = dict(epoch=epoch_now[0], slot=piece.slot, step=t)
-            rows = [
-                where | dict(member=member, advantage=f"{a:.3f}", rho=f"{rho:.4e}")
-                for member, a, rho in zip(piece.members, advantage.tolist(), answer[1].tolist(), strict=True)
-            ]
-            write(folder / "rho.csv", rows, append=True)
+    def noting_loss(backbone, args, step, t, piece, A):
+        answer = slice_loss(backbone, args, step, t, piece, A)
+        slot = piece.numbers[0] // args.group_size
+        off_policy = slot >= args.groups // args.updates_per_epoch
+        if now["epoch"] in RATIO_EPOCHS and args.seed == FIRST_SEED and off_policy:
+            where = dict(epoch=now["epoch"], slot=slot, step=t)
+            samples = zip(piece.numbers, A.tolist(), answer[1].tolist(), strict=True)
+            write(folder / "rho.csv", [
+                where | dict(member=i % args.group_size, advantage=f"{a:.3f}", rho=f"{rho:.4e}")
+                for i, a, rho in samples], append=True)
         return answer
 
-    guard.evaluate, guard.slice_loss, guard.train_epoch = recording_evaluate, recording_loss, recording_epoch
+    guard.rewards.load, guard.evaluate = noting_load, noting_evaluate
+    guard.slice_loss, guard.train_epoch = noting_loss, noting_epoch
 
 
 def run_one(name):
@@ -145,7 +143,7 @@ def run_one(name):
 def write(path, rows, append=False):
     fresh = not append or not path.exists()
     with open(path, "a" if append else "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         if fresh:
             writer.writeheader()
         writer.writerows(rows)
@@ -161,28 +159,18 @@ def collect(name, seconds):
     folder, results = RUNS / name, RESULTS / name
     results.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evals, updates = ([line for line in lines if line["kind"] == kind] for kind in ("eval", "update"))
-    write(
-        results / "evals.csv",
-        [
-            dict(update=line["update"], ocr=line["proxy"])
-            | line["gold"]
-            | dict(kl_to_base=line["kl_to_base"])
-            for line in evals
-        ],
-    )
-    whole = ("update", "first", "live", "grad_norm")
-    per_step = ("ratio_mean", "ratio_std", "clip_high", "clip_low")
-    write(
-        results / "updates.csv",
-        [
-            {key: line[key] for key in whole}
-            | dict(step=t)
-            | {key: f"{line[key][t]:.4e}" for key in per_step}
-            for line in updates
-            for t in range(len(line["ratio_mean"] or []))
-        ],
-    )
+    evals, updates = [], []
+    for line in lines:
+        if line["kind"] == "eval":
+            row = dict(update=line["update"], ocr=line["proxy"]) | line["gold"]
+            evals.append(row | dict(kl_to_base=line["kl_to_base"]))
+        if line["kind"] == "update":
+            whole = {key: line[key] for key in ("update", "first", "live", "grad_norm")}
+            for t in range(len(line["ratio_mean"] or [])):
+                keys = ("ratio_mean", "ratio_std", "clip_high", "clip_low")
+                updates.append(whole | dict(step=t) | {key: f"{line[key][t]:.4e}" for key in keys})
+    write(results / "evals.csv", evals)
+    write(results / "updates.csv", updates)
     write(results / "scores.csv", read(folder / "scores.csv"))
     if (folder / "rho.csv").exists():  # an epoch done again after a stop gave the same rows again
         rows = {(r["epoch"], r["slot"], r["member"], r["step"]): r for r in read(folder / "rho.csv")}
@@ -192,36 +180,31 @@ def collect(name, seconds):
     (results / "run.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
+def child(name):
+    """The run in a process of one thread. Returns its exit code."""
+    with open(RUNS / f"{name}.log", "a") as log:
+        command = [sys.executable, __file__, "--one", name]
+        code = subprocess.call(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    outcome = "done" if code == 0 else f"failed, see {log.name}"
+    print(f"{time.strftime('%H:%M')} {name}: {outcome}", flush=True)
+    return code
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", help="groups or runs")
     parser.add_argument("--side_by_side", type=int, default=2, help="processes at a time")
-    parser.add_argument("--list", action="store_true", help="print the runs and whether each is done")
     parser.add_argument("--one", help="a run, in this process")
     args = parser.parse_args()
     if args.one:
         run_one(args.one)
         return
-    done = {name: (RESULTS / name / "run.json").exists() for name in all_runs()}
-    if args.list:
-        for name, (group, given) in all_runs().items():
-            print("done " if done[name] else "     ", group, name, given)
-        return
-
-    def child(name):
-        with open(RUNS / f"{name}.log", "a") as log:
-            command = [sys.executable, __file__, "--one", name]
-            code = subprocess.call(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        outcome = "done" if code == 0 else f"failed, see {log.name}"
-        print(f"{time.strftime('%H:%M')} {name}: {outcome}", flush=True)
-        return code
-
     RUNS.mkdir(exist_ok=True)
     only = set(args.only or TABLE)
     wanted = [name for name, (group, _) in all_runs().items() if {group, name} & only]
+    wanted = [name for name in wanted if not (RESULTS / name / "run.json").exists()]
     with ThreadPoolExecutor(args.side_by_side) as pool:
-        codes = list(pool.map(child, [name for name in wanted if not done[name]]))
-    sys.exit(any(codes))
+        sys.exit(any(list(pool.map(child, wanted))))
 
 
 if __name__ == "__main__":

@@ -1,90 +1,66 @@
 """Kill a small run 100 times at random moments, go on each time, and compare with a run never killed.
 
-    python experiments/soak.py --kills 100
+    python experiments/soak.py --kills 100          # about 45 minutes; interrupted, it goes on from soak.csv
 
 A life of the process ends by SIGKILL at a random moment, or by itself when the run is finished. Then the run
 is compared with the one never killed, metrics.jsonl (without the seconds) and the last state bit for bit, and
-the next one begins. So small a run is mostly its start, and its saves are short: of 5 lives one is killed
-while it starts, one within 0.1 s after it began to save, three at any moment after the first progress bar.
-
-Every life is a line of experiments/soak.csv, and told on stderr. Interrupted, it goes on from that file;
-remove the file to begin anew. At its end it prints a table, as Markdown, of where the kills fell and of how
-many finished epochs had to be done again.
+the next one begins. Every life is a line of experiments/soak.csv, which tables.py sums up.
 """
 
 import argparse
-import contextlib
-import csv
 import json
 import os
 import random
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from experiments.run import read, write  # noqa: E402
+
+CSV = HERE / "soak.csv"
 SETTINGS = (
     "--model tiny-sd3 --groups 2 --group_size 8 --micro_batch 8 --steps 3 --eval_steps 2 --eval_prompts 8 "
     "--gold none --epochs 6 --save_every 2 --eval_every 2 --lora_rank 8 --lora_alpha 16"
 ).split()
-PHASES = ("starting", "sampling", "waiting for rewards", "updating", "evaluating", "saving")
-EQUAL, DIFFERENT = "finished, equal", "finished, different"  # how else a life can end
-FIELDS = ("life", "seconds", "phase", "epochs lost")
-LONGEST = 600  # seconds of one life
+PHASES = {"sample": "sampling", "update": "updating", "evaluate": "evaluating"}  # by the name of the bar
+LONGEST = 600  # seconds of a life
 
 
-def start(folder, log):
-    command = [sys.executable, str(HERE / "guard.py")]
+def live(folder, log, seconds):
+    """Begin the run or go on with it, for so long at most. Returns whether it was finished."""
     resumed = (folder / "config.json").exists()
-    command += ["--resume", str(folder)] if resumed else ["--run_dir", str(folder), *SETTINGS]
+    flags = ["--resume", folder] if resumed else ["--run_dir", folder, *SETTINGS]
     with open(log, "w") as file:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
-
-
-def wait_for(condition, process):
-    """Until it holds or the process has ended."""
-    deadline = time.monotonic() + LONGEST
-    while process.poll() is None and not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing happened in {LONGEST} s")
-        time.sleep(0.002)
-
-
-def text_of(log):
-    return log.read_text(errors="replace")
-
-
-def has_bar(log):
-    return "%|" in text_of(log)
-
-
-def saving(folder, born):
-    """Whether a checkpoint is half-written, by the process born at that time and not by an earlier one."""
-    with contextlib.suppress(FileNotFoundError):  # renamed just now
-        return any(path.stat().st_mtime >= born for path in folder.glob("checkpoint-*.partial"))
-    return False
+        command = [sys.executable, HERE.parent / "guard.py", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        code = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:  # also when this process is told to end
+        process.kill()
+        process.wait()
+    assert code == 0, log.read_text(errors="replace")[-2000:]
+    return True
 
 
 def phase_of(folder, log, born):
-    """What a process, born at that time, was doing when it was killed: by its folder and its progress bars.
+    """What a process, born at that time, was doing when it was killed: by its folder and its last bar.
 
-    A bar is drawn at 0 % when its loop begins and blanked when it ends. What follows the last of a kind, up
-    to the next bar, counts as its phase, but for sampling: there the rewards are waited for.
+    A bar is drawn when its loop begins. What follows it, up to the next bar, counts as its phase.
     """
-    if saving(folder, born):
+    if any(path.stat().st_mtime >= born for path in folder.glob("checkpoint-*.partial")):
         return "saving"
-    drawn = [part for part in re.split(r"[\r\n]|\x1b\[A", text_of(log)) if part]
-    bars = [i for i, part in enumerate(drawn) if re.match("(sample|update|evaluate):", part)]
-    if not bars:
-        return "starting"
-    blanked = any(part.isspace() for part in drawn[bars[-1] :])
-    sampling = "waiting for rewards" if blanked else "sampling"
-    name = drawn[bars[-1]].split(":")[0]
-    return {"sample": sampling, "update": "updating", "evaluate": "evaluating"}[name]
+    drawn = log.read_text(errors="replace")
+    last = max(PHASES, key=lambda name: drawn.rfind(f"{name}:"))
+    return PHASES[last] if f"{last}:" in drawn else "starting"
 
 
 def result_of(folder):
@@ -103,111 +79,40 @@ def epochs_lost(folder):
     return logged - max((int(path.name[-6:]) // 2 for path in folder.glob("checkpoint-??????")), default=0)
 
 
-def live(folder, log, rng, starting, running):
-    """One life, not killed if rng is None: its phase when killed, or None, and the finished epochs lost."""
-    born = time.time()
-    process = start(folder, log)
-    try:
-        if rng is None:
-            code = process.wait(timeout=LONGEST)
-        else:
-            aim, moment = rng.randrange(5), running
-            if aim == 0:
-                moment = starting
-            elif aim == 1:
-                wait_for(lambda: saving(folder, born), process)
-                moment = 0.1
-            else:
-                wait_for(lambda: has_bar(log), process)
-            code = process.wait(timeout=rng.uniform(0, moment))
-    except subprocess.TimeoutExpired:
-        if rng is None:
-            raise
-        process.kill()
-        process.wait()
-        phase = phase_of(folder, log, born)
-        # While starting, those of an earlier life may still be logged, and were counted then.
-        return phase, 0 if phase == "starting" else epochs_lost(folder)
-    finally:
-        process.kill()
-    assert code == 0, text_of(log)[-2000:]
-    return None, 0
-
-
-def soak(args, work):
-    """Lives until as many were killed as asked for, or the time is up."""
+def soak(kills, seed, work):
+    """Lives until so many were killed and the run of the last one is finished."""
     log, whole, folder = work / "log.txt", work / "whole", work / "run"
-    began = time.monotonic()
-    process = start(whole, log)
-    try:
-        wait_for(lambda: has_bar(log), process)
-        starting = time.monotonic() - began
-        assert process.wait(timeout=LONGEST) == 0, text_of(log)[-2000:]
-    finally:
-        process.kill()
-    running = time.monotonic() - began - starting
-    expected = result_of(whole)
-    print(f"never killed: {starting:.1f} s to start, {running:.1f} s to run", file=sys.stderr)
-    while (killed := kills(lives := read(args.csv))) < args.kills or folder.exists():
-        life, since = len(lives), time.monotonic()
-        if since - began > 60 * args.minutes:
-            print(f"{args.minutes:g} minutes are over", file=sys.stderr)
-            break
-        # After the last kill its run is finished.
-        rng = random.Random(f"{args.seed} {life}") if killed < args.kills else None
-        ended, lost = live(folder, log, rng, starting, running)
-        if not ended:
-            ended = EQUAL if result_of(folder) == expected else DIFFERENT
+    born = time.time()
+    assert live(whole, log, LONGEST), f"not finished in {LONGEST} s"
+    longest, expected = time.time() - born, result_of(whole)
+    while True:
+        lives = read(CSV) if CSV.exists() else []
+        left = kills - sum("finished" not in life["phase"] for life in lives)
+        if left <= 0 and not folder.exists():
+            return
+        born, moment = time.time(), random.Random(f"{seed} {len(lives)}").uniform(0, longest)
+        lost = 0
+        if live(folder, log, moment if left > 0 else LONGEST):
+            phase = "finished, equal" if result_of(folder) == expected else "finished, different"
             shutil.rmtree(folder)
-        line = dict(zip(FIELDS, (life, f"{time.monotonic() - since:.2f}", ended, lost), strict=True))
-        append(args.csv, line)
-        print(f"kill {killed + (ended in PHASES)} of {args.kills}: {line}", file=sys.stderr)
-
-
-def read(path):
-    """The lives so far."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path, line):
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
-
-
-def kills(lives):
-    return sum(life["phase"] in PHASES for life in lives)
-
-
-def table(lives):
-    lines = ["| killed while | kills | finished epochs done again |", "|-|-|-|"]
-    for name, phases in [*((phase, [phase]) for phase in PHASES), ("all", PHASES)]:
-        lost = [int(life["epochs lost"]) for life in lives if life["phase"] in phases]
-        lines.append(f"| {name} | {len(lost)} | {sum(lost)} |")
-    ends = [life["phase"] for life in lives]
-    seconds = sum(float(life["seconds"]) for life in lives)
-    finished, different = ends.count(EQUAL) + ends.count(DIFFERENT), ends.count(DIFFERENT)
-    lines.append(f"\n{finished} runs finished, {different} differed from that never killed; {seconds:.0f} s")
-    return "\n".join(lines)
+        else:
+            phase = phase_of(folder, log, born)
+            # While starting, epochs of an earlier life may still be logged, and were counted then.
+            lost = 0 if phase == "starting" else epochs_lost(folder)
+        line = dict(life=len(lives), seconds=f"{time.time() - born:.2f}", phase=phase)
+        write(CSV, [line | {"epochs lost": lost}], append=True)
+        print(f"{left} kills left: {line}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100, help="in all, those in the file counted")
-    parser.add_argument("--minutes", type=float, default=120, help="after which no life begins")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, default=HERE / "experiments" / "soak.csv")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `live` ends its process
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # also, so that a life computes what another does
     with tempfile.TemporaryDirectory() as work:
-        soak(args, Path(work))
-    print(table(read(args.csv)))
+        soak(args.kills, args.seed, Path(work))
 
 
 if __name__ == "__main__":

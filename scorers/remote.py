@@ -137,17 +137,17 @@ def load_http(name):
 # The server
 
 
-def read_request(text):
+def read_request(body):
     """(images, prompts, metadata) of a POST's JSON. Raises an exception for whatever is not as it must be."""
-    about = json.loads(text)
-    prompts, metadata = about["prompts"], about["metadata"]
-    if not len(about["images"]) == len(prompts) == len(metadata):
+    about = json.loads(body)
+    encoded, prompts, metadata = about["images"], about["prompts"], about["metadata"]
+    if not len(encoded) == len(prompts) == len(metadata):
         raise ValueError("expected as many prompts and metadata as images")
     if len(prompts) > IMAGE_LIMIT:
         raise ValueError(f"{len(prompts)} images; expected at most {IMAGE_LIMIT}")
     images, pixels = [], 0
-    for encoded in about["images"]:
-        image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["PNG"])
+    for text in encoded:
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
         pixels += image.width * image.height  # by its header: a small file can decode to gigabytes
         if pixels > PIXEL_LIMIT:
             raise ValueError(f"images of more than {PIXEL_LIMIT} pixels together; expected smaller ones")

@@ -55,7 +55,8 @@ def parse(argv, Args, models):
     if "resume" in given:
         settings = settings_of_run(given, Args)
     else:
-        given.setdefault("model", default_model())
+        if "model" not in given:
+            given["model"] = default_model()
         settings = preset(Args(**given), models)
     args = Args(**settings | given)
     validate(args)
@@ -91,8 +92,11 @@ def find_model(name, models):
         if name in (alias, model.place) or Path(name).resolve() == Path(model.place):
             return model
     with bad_model(name, models):
-        is_folder = "/" not in name or Path(name).exists()
-        config = diffusers.DiffusionPipeline.load_config(name, local_files_only=is_folder)
+        index = Path(name) / "model_index.json"
+        if "/" not in name or index.exists():
+            config = json.loads(index.read_text())
+        else:
+            config = diffusers.DiffusionPipeline.load_config(name)
         like = {model.backbone.pipeline: model for model in reversed(models.values())}
         return like[config["_class_name"]]._replace(place=name)
 

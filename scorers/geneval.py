@@ -116,7 +116,7 @@ def check_geneval(prompt, metadata, classes=CLASSES, colours=COLOURS):
             of_colours = textwrap.shorten(", ".join(colours), 80, placeholder=" ...")
             raise BadInput(
                 f'expected a "class" of {of_classes}; a "count" from 1 to {MOST_OBJECTS}; if any, a "color" '
-                f'of {of_colours} or a "position" [relation, earlier clause]; got {str(clause)[:100]}'
+                f'of {of_colours} or a "position" [relation, earlier clause]; got {clause!r:.100}'
             )
 
 

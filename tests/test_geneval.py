@@ -194,6 +194,7 @@ GOOD = {"tag": "colors", "prompt": "a red car", "include": [clause("car", color=
         {"include": []},
         {"include": "car"},
         {"include": ["car"]},
+        {"include": ["two\nlines"]},
         {"include": [{"class": "car"}]},
         {"include": [clause("automobile")]},
         {"include": [clause("mouse")]},  # GenEval calls it a computer mouse

@@ -61,17 +61,27 @@ def test_what_a_reward_needs_of_the_prompts_is_asked_before_anything_is_loaded(t
     file = tmp_path / "mine.txt"
     file.write_text('a sign that says "OPEN"\n')
     given = ["--model", "tiny-sd3", "--prompts", str(file), "--run_dir", str(tmp_path / "run")]
-    with pytest.raises(BadInput, match="line 1: not a card's prompt: .*OPEN.*for other prompts --gold none"):
-        guard.parse_args(given)
-    with pytest.raises(BadInput, match='line 1: expected a "tag", a non-empty list "include"'):
+    with pytest.raises(BadInput, match="mine.txt, line 1: not a card's prompt: .*OPEN.*--gold none"):
+        guard.parse_args([*given, "--gold_prompts", str(file)])
+    with pytest.raises(BadInput, match='mine.txt, line 1: expected a "tag", a non-empty list "include"'):
         guard.parse_args([*given, "--task", "geneval", "--gold", "none"])
-    with pytest.raises(BadInput, match='line 1: expected a "tag"'):
+    with pytest.raises(BadInput, match='cards.*line 1: expected a "tag"'):
         guard.parse_args([*given, "--gold", "geneval-strict"])
+    assert "cards" in guard.parse_args(given).gold  # its prompts are others
     assert guard.parse_args([*given, "--gold", "none"]).gold == []
     file.write_text("no text to read\n")
     with pytest.raises(BadInput, match="line 1: expected exactly one text in double quotes"):
         guard.parse_args([*given, "--gold", "none"])
     assert guard.parse_args([*given, "--gold", "none", "--reward", "pickscore"]).task == "ocr"
+
+
+def test_each_check_is_made_once_and_an_unknown_reward_has_none(tmp_path, monkeypatch):
+    file, asked = tmp_path / "mine.txt", []
+    file.write_text("one\ntwo\n")
+    check = lambda prompt, metadata: asked.append(prompt)  # noqa: E731
+    monkeypatch.setattr(rewards, "CHECKS", {"a": check, "a-strict": check, "b": pytest.fail})
+    assert len(rewards.read_prompts(file, ["a", "a-strict", "a", "unknown"])) == 2
+    assert asked == ["one", "two"]
 
 
 @pytest.mark.parametrize(

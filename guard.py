@@ -140,6 +140,7 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
         return 1.0, -dt, 0.0
     if kind == "cps":
         s = sigma_next * math.sin(eta * math.pi / 2)
+        # mu = (1 - sigma_next) x0 + c x1, x0 and x1 being those that x and v point at
         c = math.sqrt(sigma_next**2 - s**2)  # the old noise that stays: c² + s² = sigma_next²
         return (1 - sigma_next) + c, -sigma * (1 - sigma_next) + (1 - sigma) * c, s
     if kind == "flow":
@@ -149,6 +150,7 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
         g = eta
     else:
         raise ValueError(f"unknown kind {kind!r}; expected flow, dance or cps")
+    # mu = x - dt [v + g² / (2 sigma) (x + (1 - sigma) v)], sorted by x and v
     half = g**2 * dt / (2 * sigma)
     return 1 - half, -dt - half * (1 - sigma), g * math.sqrt(dt)
 
@@ -182,9 +184,9 @@ def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
 def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tensor:
     """Log of the importance ratio of a step by one of METHODS; v_new, v_old, eps: (B, ...) -> (B,).
 
-    Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), where x_next = mu_old + s eps. As
-    written below it keeps the digits that cancel in that difference, and an unchanged v gives exactly 0.
-    Departure: each sample has its own shift; the authors' code takes the batch's average.
+    Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), where x_next = mu_old + s eps.
+    Departures: the authors' code subtracts; as written below the digits stay that cancel in the difference,
+    and an unchanged v gives exactly 0. Each sample has its own shift; theirs takes the batch's average.
 
     The shift is why the clip fails. For a log_prob that is summed over D, E[ratio] = 1. For a mean over D,
     E[ratio] = exp(-KL/D + KL/D²) < 1, KL being the step's, summed over D. Eq. 8 leaves the shift out.
@@ -237,7 +239,10 @@ def advantages(scores: torch.Tensor) -> torch.Tensor:
 
 
 def rng(*key):
-    """A generator that depends on nothing but its key, so not on the number of processes nor on a restart."""
+    """A generator that depends on its key alone, so not on the number of processes nor on a restart.
+
+    Departure: the authors' seeds depend on the process.
+    """
     return np.random.default_rng(key)
 
 
@@ -291,6 +296,7 @@ class SD3:
         """v with guidance: (B, C, H, W) fp32 -> fp32. texts: the embeddings of B prompts, from `encode`.
 
         Sampling and training both come here with the same slices: only so is the ratio exactly 1 at first.
+        Departure: two passes of B with guidance, where the authors make one of 2 B.
         """
         v = self.predict(x, sigma, texts)
         if self.guidance > 1:
@@ -327,9 +333,9 @@ class Flux(SD3):
 
     def sigmas(self, steps):
         """The shift of the noise levels depends on the number of image tokens."""
-        config, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        shift = config.base_shift + slope * (tokens - config.base_image_seq_len)
+        c, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        shift = c.base_shift + slope * (tokens - c.base_image_seq_len)
         self.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
         return self.pipe.scheduler.sigmas.tolist()
 
@@ -361,7 +367,7 @@ MODELS = {  # a model without an alias takes the first row that has its pipeline
     "tiny-sd3": Model(command_line.TINY_SD3, SD3, command_line.TINY, dict(clip=1e-3)),
     "tiny-flux": Model(command_line.TINY_FLUX, Flux, command_line.TINY | dict(epochs=30), dict(clip=1e-3)),
 }
-# With its prefix, so that SD3.5's attn2 stays out.
+# With its prefix, so that SD3.5's attn2 stays out. Departure for FLUX: flow_grpo's own script has others.
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
@@ -551,10 +557,12 @@ def slice_loss(backbone, args, step, t, piece, A):
 def update(backbone, policy, args, steps, slices, advantage, groups):
     """One optimizer update on the groups of a range. Returns what metrics.jsonl says of it.
 
-    slices: this rank's of the epoch; advantage: (groups, G) of the epoch. The loss is a mean over samples
-    (dead ones too), T and D, which makes dL/dv about 4e-9 for SD3.5, less than fp16 can hold. So sums are
-    back-propagated, and the fp32 gradients divided in the end. Departure: groups stay whole in an update, and
-    dead ones count in the mean; the authors shuffle an epoch's samples and drop the dead ones.
+    slices: this rank's of the epoch; advantage: (groups, G) of the epoch. The loss is a mean over samples, T
+    and D, which makes dL/dv about 4e-9 for SD3.5, less than fp16 can hold. So sums are back-propagated, and
+    the fp32 gradients divided in the end.
+
+    Departures: the authors scale gradients by autocast's scaler. Their epochs are shuffled and their dead
+    samples dropped; here groups stay whole in an update, and dead ones count in the mean.
     """
     trained, D = [step for step in steps if step.s > 0], math.prod(backbone.shape)
     terms = len(groups) * args.group_size * len(trained)

@@ -32,7 +32,6 @@ COLOURS = {
 
 
 def save(figure, name, dpi=80):
-    (HERE / "figures").mkdir(exist_ok=True)
     figure.tight_layout()
     figure.savefig(HERE / "figures" / f"{name}.png", dpi=dpi, bbox_inches="tight")
     plt.close(figure)

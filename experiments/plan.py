@@ -286,12 +286,14 @@ def plan(backbone, args):
     transformer, encoders, vae = (size_of(module) for module in modules)
     parameters = sum(p.numel() for module in modules for p in module.parameters()) - lora
     rollout = trained * 3 * 4 * math.prod(backbone.shape) * images
-    always = transformer + count["state"]["left"]
+    always = transformer + count["state"]["left"] + args.groups * count["encode"]["left"]
     resting = 0 if args.offload else encoders + vae
     on_gpu = 0 if args.offload else rollout
     slice_kept = trained * count["sample"]["left"]  # a slice of all steps
+    sets = 2 if args.gold and args.gold_prompts != args.prompts else 1
+    texts = sets * args.eval_prompts * count["encode"]["left"]  # embeddings of an evaluation's prompts
     phases = dict(
-        encode=always + (resting or encoders) + count["encode"]["peak"],
+        encode=always + (resting or encoders) + texts + count["encode"]["peak"],
         sample=always + resting + on_gpu + slice_kept + count["sample"]["peak"],
         decode=always + (resting or vae) + on_gpu + slice_kept + count["decode"]["peak"],
         train=always + resting + on_gpu + count["train"]["peak"],
@@ -364,7 +366,7 @@ def main():
     parser.add_argument("--tflops", type=float, default=150, help="assumed 1e12 FLOP/s of a GPU")
     parser.add_argument("--csv", action="store_true", help="keep the numbers as a column of plan.csv")
     own, argv = parser.parse_known_args()
-    args = guard.parse_args(argv)
+    args = resolve(argv)
     found = rows(plan(load(args), args), own.tflops)
     for what, value in found:
         print(f"{what:66} {value}")

@@ -1,6 +1,6 @@
 """How many digits of the log-ratio are left, at SD3.5's latent size and for a small change of the policy.
 
-    python experiments/precision.py                       # 23 seconds on a CPU; also --samples, --moved
+    python experiments/precision.py                       # 23 seconds on a CPU
 
 The velocity of a step changes by 1e-4 (then 1e-2) of its size. Its log-ratio is computed in float64, and then
 
@@ -16,7 +16,6 @@ velocities that were not rounded; "... fp32" on the rounded ones, what the fp32 
 Writes experiments/precision.csv and prints the table of the first, middle and last step.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -31,6 +30,8 @@ from experiments import tables  # noqa: E402
 from experiments.run import write  # noqa: E402
 
 SHAPE, STEPS, SHIFT, ETA = (16, 64, 64), 10, 3.0, 0.7  # SD3.5's at 512 pixels
+SAMPLES = 32
+MOVED = (1e-4, 1e-2)  # change of the velocity
 CLIP = {"guard": 2e-6, "flow-grpo": 1e-4}
 PRECISIONS = ("float32", "float16", "bfloat16")
 
@@ -67,14 +68,10 @@ def measure(tensors, step, method, precision, moved):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Errors of the log-ratio; see the head of this file.")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--moved", type=float, nargs="+", default=[1e-4, 1e-2], help="change of the velocity")
-    own = parser.parse_args()
     torch.manual_seed(0)
-    tensors = torch.randn(4, own.samples, *SHAPE, dtype=torch.float64)
+    tensors = torch.randn(4, SAMPLES, *SHAPE, dtype=torch.float64)
     rows = []
-    for moved in own.moved:
+    for moved in MOVED:
         for method, clip in CLIP.items():
             for precision in PRECISIONS:
                 for i, step in enumerate(trained_steps()):

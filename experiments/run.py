@@ -167,7 +167,7 @@ def collect(name, seconds):
         if line["kind"] == "update":
             whole = {key: line[key] for key in ("update", "first", "live", "grad_norm")}
             for t in range(len(line["ratio_mean"] or [])):
-                keys = ("ratio_mean", "ratio_std", "clip_high", "clip_low")
+                keys = ("ratio_mean", "ratio_std", "clip_high", "clip_low", "blocked")
                 updates.append(whole | dict(step=t) | {key: f"{line[key][t]:.4e}" for key in keys})
     write(results / "evals.csv", evals)
     write(results / "updates.csv", updates)

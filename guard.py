@@ -10,7 +10,7 @@ GRPO-Guard (arXiv 2510.22319) mends that with two equations:
     RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, a line of `log_ratio`
     reweighting   a step's objective is multiplied by delta = 1 / dt          a line of `reweighting`
 
-One epoch, as in `train_epoch`:
+One epoch, as in `train_epoch` and in the loop of `train`:
 
     1. sample      per prompt, G images with the SDE sampler; keep x, v and eps of every trained step
     2. reward      score the images, on a thread, while the next ones are being sampled
@@ -26,7 +26,7 @@ Symbols, the same in all of the file. "mean" in the maths is always over the D d
     sigma   noise level, from 1 (noise) to 0 (image)           T        trained steps: those with noise, s > 0
     dt      sigma - sigma_next > 0                             C, H, W  channels, height, width of the latents
     mu, s   mean and deviation: x_next = mu + s eps            D        C * H * W, dimensions of a sample
-    a, b    mu = a x + b v, for every sampler                  L        text tokens
+    a, b    mu = a x + b v, for every sampler                  L, E     text tokens, width of an embedding
     eps     the step's noise, standard normal                  A        advantage
     d       mu_new - mu_old = b (v_new - v_old)                rho      ratio - 1 = expm1(log_ratio)
 
@@ -133,18 +133,18 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
     1 >= sigma > sigma_next >= 0; eta: noise level, 0 or more (cps: at most 1). kind: "flow" (Flow-GRPO, arXiv
     2505.05470), "dance" (DanceGRPO, arXiv 2505.07818) or "cps" (Flow-CPS, arXiv 2509.05952). Without noise,
     and at sigma_next = 0, each is the Euler step of diffusers' FlowMatchEulerDiscreteScheduler: (1, -dt, 0).
-    So the last step has no noise and is not trained. Raises ValueError for another kind.
+    So the last step has no noise and is not trained. With noise, raises ValueError for another kind.
     """
     dt = sigma - sigma_next
     if eta == 0 or sigma_next == 0:
         return 1.0, -dt, 0.0
     if kind == "cps":
         s = sigma_next * math.sin(eta * math.pi / 2)
-        # mu = (1 - sigma_next) x0 + c x1, x0 and x1 being those that x and v point at
+        # mu = (1 - sigma_next) x0 + c x1, with x0 = x - sigma v and x1 = x + (1 - sigma) v
         c = math.sqrt(sigma_next**2 - s**2)  # the old noise that stays: c² + s² = sigma_next²
         return (1 - sigma_next) + c, -sigma * (1 - sigma_next) + (1 - sigma) * c, s
     if kind == "flow":
-        below = 1 - sigma if sigma < 1 else 1 - sigma_next  # at sigma = 1 the first would be 0
+        below = 1 - sigma if sigma < 1 else 1 - sigma_next  # at sigma = 1 the next step's
         g = eta * math.sqrt(sigma / below)  # noise rate: s² = g² dt
     elif kind == "dance":
         g = eta
@@ -185,11 +185,12 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     """Log of the importance ratio of a step by one of METHODS; v_new, v_old, eps: (B, ...) -> (B,).
 
     Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), where x_next = mu_old + s eps.
-    Departures: the authors' code subtracts; as written below the digits stay that cancel in the difference,
-    and an unchanged v gives exactly 0. Each sample has its own shift; theirs takes the batch's average.
+    Departure: the authors subtract two log-probabilities, which loses digits. Here the difference is written
+    out, and is exactly 0 when v is unchanged.
 
-    The shift is why the clip fails. For a log_prob that is summed over D, E[ratio] = 1. For a mean over D,
-    E[ratio] = exp(-KL/D + KL/D²) < 1, KL being the step's, summed over D. Eq. 8 leaves the shift out.
+    Its second term is the left shift, and the reason why the clip fails. For a log_prob that is summed over
+    D, E[ratio] = 1. For a mean over D, E[ratio] = exp(-KL/D + KL/D²) < 1, KL being the step's, summed over D.
+    Eq. 8 leaves it out. Departure: each sample has its own shift; the authors' code averages over the batch.
 
     Eq. 8 is a mean over D of products of noise, so its spread goes as 1/sqrt(D), and so must the clip range:
     the paper's 2e-6 at D = 65,536 (16 x 64 x 64) is 2.3e-5 at D = 512, the tiny models'.
@@ -198,7 +199,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     if method in ("rationorm", "guard"):
         return mean(d * eps)  # Eq. 8
     if method == "mean-revised":
-        return mean(d * eps) / s
+        return mean(d * eps) / s  # Eq. 7 without the shift
     return mean(d * eps) / s - mean(d**2) / (2 * s**2)  # Eq. 7; the second term is the left shift
 
 
@@ -206,11 +207,11 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
     The gradient of Eq. 8 with respect to v_new is b eps / D, so that a step counts in proportion to |b|. For
-    `flow` b = -dt (1 + eta²/2) at every step but the first, where b = -dt: 1 / dt takes that out. For `dance`
-    and `cps` b is another, and the same rule gives the other line. Departure: notes of others print
-    (1 + eta²/2) / dt for DanceGRPO, which would leave its steps unequal.
+    `flow` |b| = (1 + eta²/2) dt, but dt at the first step, so 1 / dt makes all steps but the first alike. For
+    `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the scale
+    that of `flow`. Departure: notes of others print (1 + eta²/2) / dt for DanceGRPO: steps stay unequal.
     """
-    if method == "temp-reweight":
+    if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
     if method != "guard":
         return 1.0
@@ -220,7 +221,7 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
 
 
 def surrogate(rho, A, clip, delta):
-    """(B,) PPO's clipped objective, reweighted: Eq. 12, less the constant A, since ratio = 1 + rho.
+    """(B,) PPO's clipped objective, reweighted: Eq. 12 less delta A, a constant, since ratio = 1 + rho.
 
     In rho, because fp32 numbers near 1 are 1.2e-7 apart, and Guard's clip range is 2e-6.
     """
@@ -254,7 +255,11 @@ EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2  # in a key, where other
 
 
 class SD3:
-    """Stable Diffusion 3 and 3.5 of any size, from a loaded StableDiffusion3Pipeline."""
+    """Stable Diffusion 3 and 3.5 of any size, from a loaded StableDiffusion3Pipeline.
+
+    Another backbone is a class like this or like Flux, where only what differs is written, and a row of
+    MODELS. LORA_TARGETS must fit the names of its attention layers.
+    """
 
     pipeline = "StableDiffusion3Pipeline"  # the class in its model_index.json
 
@@ -274,14 +279,14 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompt -> its embeddings (1, L, C) and (1, C). One by one: other batch sizes round otherwise."""
+        """prompt -> its embeddings (1, L, E) and (1, E). One by one: other batch sizes round otherwise."""
         self.encoders.to(DEVICE)
         embeddings = {prompt: self.embed(prompt) for prompt in prompts}
         self.encoders.to(self.resting)
         return embeddings
 
     def embed(self, prompt):
-        """Embeddings of the tokens, (1, L, C), and pooled, (1, C)."""
+        """Embeddings of the tokens, (1, L, E), and pooled, (1, E), of two widths E."""
         length = min(128, self.pipe.tokenizer_3.model_max_length)  # of T5's; less in the tiny models
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             prompt, None, None, DEVICE, do_classifier_free_guidance=False, max_sequence_length=length)
@@ -295,7 +300,8 @@ class SD3:
     def velocity(self, x, sigma, texts):
         """v with guidance: (B, C, H, W) fp32 -> fp32. texts: the embeddings of B prompts, from `encode`.
 
-        Sampling and training both come here with the same slices: only so is the ratio exactly 1 at first.
+        Sampling and training both come here with the same slices, so that the first ratio is 1: to the bit on
+        a CPU, as far as rounding is the same on a GPU.
         Departure: two passes of B with guidance, where the authors make one of 2 B.
         """
         v = self.predict(x, sigma, texts)
@@ -352,7 +358,7 @@ class Flux(SD3):
 
 
 def together(texts):
-    """Embeddings of B prompts as one: (B, L, C) and (B, C)."""
+    """Embeddings of B prompts as one: (B, L, E) and (B, E)."""
     tokens, pooled = zip(*texts, strict=True)
     return torch.cat(tokens), torch.cat(pooled)
 
@@ -385,7 +391,7 @@ def load_backbone(args):
 
 
 def add_lora(backbone, args):
-    """A new LoRA, or --init_lora's; a run that goes on has its own, whether or not that is still there."""
+    """A new LoRA, or --init_lora's. On resume its newest checkpoint's, so that --init_lora may be gone."""
     if args.init_lora:
         source = max(checkpoints(args), default=args.init_lora)
         with command_line.bad_input(f"--init_lora {source}: cannot be loaded"):
@@ -410,7 +416,7 @@ Slice = namedtuple("Slice", "numbers keys texts images kept")
 
 
 def prompt_order(args, epoch, count):
-    """Indices of the epoch's prompts, without replacement: one shuffled pass over all follows another."""
+    """Indices of the epoch's prompts: one shuffled pass over all prompts follows another."""
     positions = range(epoch * args.groups, (epoch + 1) * args.groups)
     return [int(rng(args.seed, ORDER, p // count).permutation(count)[p % count]) for p in positions]
 
@@ -430,9 +436,9 @@ def sample(backbone, steps, texts, keys):
     the latents (B, C, H, W), and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
     """
 
-    def draw(number):
-        """(B, C, H, W); number 0 is the noise at sigma = 1, i + 1 that of step i."""
-        values = [rng(*key, number).standard_normal(backbone.shape, np.float32) for key in keys]
+    def draw(last):
+        """(B, C, H, W). last, the end of the keys: 0 for the noise at sigma = 1, i + 1 for step i."""
+        values = [rng(*key, last).standard_normal(backbone.shape, np.float32) for key in keys]
         return torch.from_numpy(np.stack(values)).to(DEVICE)
 
     x, kept = draw(0), []
@@ -451,8 +457,9 @@ def rollout(backbone, args, steps, prompts, group_size, epoch, names, scorers):
     """Sample `group_size` images of each prompt; score each slice while the next one is being sampled.
 
     prompts: (prompt, metadata). names: of the rewards. Sample i belongs to prompt i // group_size; slices of
-    `micro_batch` samples go round the ranks, the same slices for any number of them. Returns this rank's
-    slices, the (names, N) scores of all ranks, and the seconds spent waiting for them after the last image.
+    `micro_batch` samples go round the ranks. The same slices and the same noise for any number of ranks make
+    the same images and scores; gradients then differ by the order of a sum. Returns this rank's slices, the
+    (names, N) scores of all ranks, and the seconds spent waiting for them after the last image.
     """
     N = len(prompts) * group_size
     mine = [numbers.tolist() for numbers in torch.arange(N).split(args.micro_batch)[RANK::WORLD]]
@@ -482,8 +489,8 @@ class Policy:
     """What is trained: the LoRA's parameters, their moving average and the optimizer."""
 
     def __init__(self, backbone, args):
-        trained = {name: p for name, p in backbone.transformer.named_parameters() if p.requires_grad}
-        self.names, self.params = list(trained), list(trained.values())
+        lora = {name: p for name, p in backbone.transformer.named_parameters() if p.requires_grad}
+        self.names, self.params = list(lora), list(lora.values())
         self.ema = EMAModel(self.params, decay=args.ema_decay)
         self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
         self.loss_scale, self.skipped = 1.0, 0  # the second: updates without a finite gradient, in a row
@@ -493,7 +500,7 @@ class Policy:
     def step(self, divisor):
         """One AdamW step with the sum of all ranks' gradients / divisor. Returns their norm before clipping.
 
-        A gradient that is not finite, as when fp16 overflows, is skipped, and the loss scale halved.
+        A gradient that is not finite, as when fp16 overflows, is skipped, and the loss scale halved for good.
         """
         gradients = [p.grad for p in self.params]
         total = all_reduce(parameters_to_vector(gradients))
@@ -548,7 +555,7 @@ def slice_loss(backbone, args, step, t, piece, A):
     delta = reweighting(step, args.eta, args.sde, args.method)
     loss = -surrogate(rho, A, args.clip, delta)
     kl = torch.zeros_like(rho)
-    if args.kl_beta:  # outside delta; times dt, so that it is the authors' mean(d²) / (2 g²): s² = g² dt
+    if args.kl_beta:  # outside delta. Times dt it is mean(d²) / (2 g²), the authors' form, since s² = g² dt
         kl = kl_to_base(backbone, step, x, v_new, piece.texts)
         loss = loss + args.kl_beta * step.dt * kl
     return loss, rho, kl
@@ -589,7 +596,8 @@ def statistics(args, rho, advantage):
     live = advantage.any(1)
     rho, A = rho[live].flatten(0, 1), advantage[live].view(-1, 1)  # (samples, T), (samples, 1)
     high, low = rho > args.clip, rho < -args.clip
-    blocked = (high & (A > 0)) | (low & (A < 0))  # beyond the range on the other side PPO lets them pass
+    # PPO's min blocks these alone: beyond the range with A of the other sign a gradient passes.
+    blocked = (high & (A > 0)) | (low & (A < 0))
     shares = dict(clip_high=high, clip_low=low, blocked=blocked)
     means = {name: where.double().mean(0) for name, where in shares.items()}
     deviation = (rho - rho.mean(0)).square().mean(0).sqrt()
@@ -615,10 +623,11 @@ def train_epoch(backbone, policy, args, epoch, prompts, scorers, bar):
     sampled = time.perf_counter()
     advantage = advantages(scores.view(args.groups, args.group_size))
     share = args.groups // args.updates_per_epoch
-    for number in range(args.updates_per_epoch):
-        # The first update is on-policy: rho is 0 there, so the clip can act in the later ones only.
-        first, updates = number == 0, epoch * args.updates_per_epoch + number + 1
-        groups = range(number * share, (number + 1) * share)
+    for place in range(args.updates_per_epoch):
+        # The first update is on-policy: rho is 0 there, so the clip can act in the later ones only. With
+        # one update an epoch it never acts.
+        first, updates = place == 0, epoch * args.updates_per_epoch + place + 1
+        groups = range(place * share, (place + 1) * share)
         line = update(backbone, policy, args, steps, slices, advantage, groups)
         policy.update_average(updates)
         log(args, kind="update", epoch=epoch, update=updates, first=first, **line)
@@ -661,8 +670,8 @@ def train(args):
 def evaluate(backbone, policy, args, scorers, updates):
     """Draw held-out prompts by the ODE sampler with the averaged weights: reward, gold scores, looks, KL.
 
-    The KL is that of the whole stochastic trajectory of the first slice, a mean over D: here the sum over its
-    steps, where training weighs each by dt.
+    kl_to_base is the KL of the first slice's whole stochastic trajectory, divided by D: the plain sum of its
+    steps', where the loss of training weighs each by dt.
     """
     ode, sde = (schedule(backbone.sigmas(args.eval_steps), eta, args.sde) for eta in (0.0, args.eta))
     names = {args.prompts: [args.reward, *rewards.LOOKS]}
@@ -676,8 +685,8 @@ def evaluate(backbone, policy, args, scorers, updates):
             means |= {(path, name): row.mean().item() for name, row in zip(names[path], scores, strict=True)}
             if path == args.prompts and RANK == 0:
                 first = slices[0]
-                texts = [prompts[i][0] for i in first.numbers]
-                sheet = rewards.sheet(first.images, texts, scores[0, first.numbers].tolist())
+                captions = [prompts[i][0] for i in first.numbers]
+                sheet = rewards.sheet(first.images, captions, scores[0, first.numbers].tolist())
                 sheet.save(f"{args.run_dir}/samples/{updates:06d}.png")
                 _, kept = sample(backbone, sde, first.texts, first.keys)
                 for step, (x, v, _) in zip(sde[:-1], kept, strict=True):
@@ -715,10 +724,11 @@ def log(args, **line):
 
     rollout  one epoch's sampling: reward_mean and reward_std over its `images`; dead_groups; seconds spent
              sampling, waiting for rewards, training
-    update   first: rho must still be 0; live: samples not in dead groups; skipped: no finite gradient; loss;
-             grad_norm before clipping to 1. A number per trained step, the noisiest first, over live samples:
-             ratio_mean and ratio_std of rho; clip_high and clip_low, shares with rho > clip and rho < -clip;
-             blocked, the share whose gradient PPO blocks: the former with A > 0, the latter with A < 0; kl
+    update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; skipped: its
+             gradient was not finite; loss; grad_norm before clipping to 1. Per trained step, noisiest first:
+             kl to the base if it is in the loss, of all samples; of the live ones ratio_mean and ratio_std, of
+             rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, share
+             whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
     eval     of held-out prompts: proxy, the trained reward; gold; looks; kl_to_base. See `evaluate`
     """
     if RANK == 0:
@@ -761,7 +771,7 @@ def load_checkpoint(policy, args):
     """Put the last checkpoint into the policy, and metrics.jsonl back to it. Returns the epochs done.
 
     Every rank reads it: on several machines --resume needs a disk that they share. Raises BadInput if it is
-    damaged; then nothing was changed.
+    damaged, with all files as they were.
     """
     metrics = Path(args.run_dir) / "metrics.jsonl"
     if not checkpoints(args):
@@ -801,7 +811,7 @@ def main():
             return
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
-            torch.set_float32_matmul_precision("high")  # TF32 for the LoRA, as the authors allow; not for rho
+            torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls, the LoRA's; rho is elementwise
         if WORLD > 1:
             backend, device = ("nccl", DEVICE) if ON_GPU else ("gloo", None)
             # Longer than a reward may take, so that its own error is the one that is read.

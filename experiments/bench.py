@@ -7,7 +7,7 @@ time in reverse, so that whatever else the machine does falls on all of them:
 
     bare sampling         the transformer's forward passes of an epoch and nothing else: no noise, no SDE
     bare training         its forward and backward passes, to the LoRA alone, with a sum for a loss
-    sampling, training    guard.rollout without a reward; every guard.update of the epoch
+    sampling, training    guard.rollout with a reward that costs nothing; every guard.update of the epoch
     sampling + reward     guard.rollout with the reward on a thread beside it, as guard.train does
     tail                  of it the seconds spent waiting for rewards after the last picture
 
@@ -41,6 +41,7 @@ class Epoch:
         # The learning rate is nearly 0, so that the policy stays where it is.
         self.policy = guard.Policy(self.backbone, replace(args, lr=1e-12))
         self.scorers = guard.Scorers([args.reward], guard.DEVICE, self.backbone.patch)
+        self.scorers.rewards["free"] = lambda images, prompts, metadata: [0.0] * len(images)
         prompts, _ = rewards.read_set(args.prompts)
         self.prompts = [prompts[i] for i in guard.prompt_order(args, 0, len(prompts))]
         noisy = guard.noisy_steps(args, 0)
@@ -75,13 +76,11 @@ class Epoch:
         for _ in range(self.passes["training"]):
             self.forward().float().sum().backward()
 
-    def sampling(self, names=()):
+    def sampling(self, reward="free"):
         self.slices = None  # an epoch's are gone when guard.py samples the next ones
         self.slices, _, self.tail = guard.rollout(
-            self.backbone, self.args, self.steps, self.prompts, self.args.group_size, 0, names, self.scorers)
-
-    def sampling_and_reward(self):
-        self.sampling([self.args.reward])
+            self.backbone, self.args, self.steps, self.prompts, self.args.group_size, 0, [reward],
+            self.scorers)
 
     def training(self):
         self.policy.optimizer.zero_grad(set_to_none=False)  # of what bare_training left
@@ -111,7 +110,7 @@ def bench(args, rounds):
     functions = {
         "bare sampling": epoch.bare_sampling, "sampling": epoch.sampling,
         "bare training": epoch.bare_training, "training": epoch.training,
-        "sampling + reward": epoch.sampling_and_reward}
+        "sampling + reward": lambda: epoch.sampling(args.reward)}
     for function in functions.values():
         function()
     rows = []

@@ -2,9 +2,9 @@
 
     python experiments/soak.py --kills 100          # about 45 minutes; interrupted, it goes on from soak.csv
 
-A life of the process ends by SIGKILL at a random moment, or by itself when the run is finished. Then the run
-is compared with the one never killed, metrics.jsonl (without the seconds) and the last state bit for bit, and
-the next one begins. Every life is a line of experiments/soak.csv, which tables.py sums up.
+A life of the process ends by SIGKILL after a third to all of the time of the run never killed, or by itself
+when the run is finished. Then the two are compared, metrics.jsonl (without the seconds) and the last state
+bit for bit, and the next one begins. Every life is a line of experiments/soak.csv, which tables.py sums up.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def soak(kills, seed, work):
         left = kills - sum("finished" not in life["phase"] for life in lives)
         if left <= 0 and not folder.exists():
             return
-        born, moment = time.time(), random.Random(f"{seed} {len(lives)}").uniform(0, longest)
+        born, moment = time.time(), random.Random(f"{seed} {len(lives)}").uniform(longest / 3, longest)
         lost = 0
         if live(folder, log, moment if left > 0 else LONGEST):
             phase = "finished, equal" if result_of(folder) == expected else "finished, different"

@@ -103,7 +103,7 @@ def test_a_run_leaves_its_numbers(tmp_path, monkeypatch):
     for name in ("evaluate", "slice_loss", "train_epoch"):
         monkeypatch.setattr(guard, name, getattr(guard, name))  # put back in the end
     monkeypatch.setattr(guard.rewards, "load", guard.rewards.load)
-    small = ("--model tiny-sd3 --epochs 1 --groups 2 --group_size 4 --micro_batch 2 --steps 3 --eval_steps 2 "
+    small = ("--model tiny-sd3 --epochs 1 --groups 2 --group_size 4 --micro_batch 2 --steps 8 --eval_steps 2 "
              "--eval_prompts 3 --gold cards --seed 10")
     settings = dict(RUNS=tmp_path / "runs", RESULTS=tmp_path / "results", EPOCHS=1, RATIO_EPOCHS=[0])
     for name, value in settings.items():
@@ -119,9 +119,8 @@ def test_a_run_leaves_its_numbers(tmp_path, monkeypatch):
         for name in ("ocr", "cards"):
             of_it = [float(each[name]) for each in scores if each["update"] == row["update"]]
             assert float(row[name]) == pytest.approx(np.mean(of_it), abs=1e-4)
-    wanted = [("1", str(step), str(member)) for member in range(4) for step in range(2)]
-    live = [(row["slot"], row["step"], row["member"]) for row in rho]
-    assert sorted(live) in ([], sorted(wanted))  # none, if the group's rewards are all equal
+    wanted = [("1", str(step), str(member)) for member in range(4) for step in range(7)]
+    assert sorted((row["slot"], row["step"], row["member"]) for row in rho) == sorted(wanted)
     first = [row for row in run.read(results / "updates.csv") if row["first"] == "True"]
     assert all(float(row["ratio_std"]) == 0 for row in first)
 
@@ -136,10 +135,9 @@ def peak_of_profiler(function, folder):
     return max(np.cumsum([amount for _, amount in events]))
 
 
-@pytest.mark.parametrize("flags", [[], ["--grad_checkpoint"]])
-def test_the_plan_counts_what_a_real_run_takes(flags, tmp_path):
+def test_the_plan_counts_what_the_profiler_sees(tmp_path):
     """Learning from a slice: fake tensors say what real ones take, to the byte; the profiler within 1 %."""
-    args = plan.resolve(["--model", "tiny-sd3", "--micro_batch", "4", *flags])
+    args = plan.resolve(["--model", "tiny-sd3", "--micro_batch", "4"])
     backbone = guard.load_backbone(args)
     steps = guard.schedule([1.0, 0.5, 0.0], args.eta, args.sde)
     text = backbone.encode(["a card"])["a card"]

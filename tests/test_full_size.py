@@ -22,9 +22,9 @@ from rewards import BadInput
 from tiny import make
 
 FIT = ["--offload", "--grad_checkpoint"]
-SIZES = {  # parameters, of the LoRA; type; samples in a pass; text tokens, width of pooled; bytes of the GPU
-    "sd3.5-medium": (2_243_171_520, 18_776_064, torch.float16, 16, 205, 2048, 24e9),
-    "flux.1-dev": (11_901_408_320, 52_297_728, torch.bfloat16, 8, 128, 768, 80e9),
+SIZES = {  # parameters, of the LoRA; type; passes for a velocity; text tokens, width of pooled; GPU's bytes
+    "sd3.5-medium": (2_243_171_520, 18_776_064, torch.float16, 2, 205, 2048, 24e9),
+    "flux.1-dev": (11_901_408_320, 52_297_728, torch.bfloat16, 1, 128, 768, 80e9),
 }
 
 
@@ -63,13 +63,13 @@ def test_true_sizes(run):
 
 
 def test_a_slice_is_sampled_decoded_and_learnt_from(run):
-    _, _, dtype, batch, length, width, _ = SIZES[run.args.model]
+    _, _, dtype, guided, length, width, _ = SIZES[run.args.model]
     tensors, latents = run.count["tensors"], (16, 64, 64)
     assert [look(part) for part in tensors["text"]] == [((1, length, 4096), dtype), ((1, width), dtype)]
     inside = latents if run.args.model == "sd3.5-medium" else (1024, 64)
-    shapes = (batch, *inside), (batch, length, 4096), (batch, width), (batch, *inside)
-    assert run.passes == [[(shape, dtype) for shape in shapes]] * 3  # two of sampling, one of training
-    assert run.velocities == [((8, *latents), torch.float32)] * 3
+    shapes = (8, *inside), (8, length, 4096), (8, width), (8, *inside)
+    assert run.passes == [[(shape, dtype) for shape in shapes]] * 3 * guided
+    assert run.velocities == [((8, *latents), torch.float32)] * 3  # two of sampling, one of training
     assert look(tensors["x"]) == ((8, *latents), torch.float32)
     assert look(tensors["kept"]) == ((1, 3, 8, *latents), torch.float32)
     assert look(tensors["pixels"]) == ((8, 3, 512, 512), torch.float32)
@@ -98,16 +98,15 @@ def test_an_epoch_is_the_sum_of_its_passes(run):
     assert run.rollout == 1152 * run.rollout_image
     assert epoch["sample"] == 144 * steps * count["sample"]["flops"] / 2
     assert epoch["train"] == 144 * (steps - 1) * count["train"]["flops"]
-    assert (
-        3 < run.flops["ratio"] < 3.3
-    )  # forward, again for the checkpoints, and backward without dL/dweights
+    # Forward, again for the checkpoints, and backward without dL/dweights.
+    assert 3 < run.flops["ratio"] < 3.3
     assert run.flops["run"] > 240 * sum(epoch.values()) and plan.hours(7.2e17, 100) == 2
     table = dict(plan.rows(vars(run), 150))
     assert table["trained parameters"] == f"{run.lora:,}" and all(table.values())
 
 
 def test_the_arithmetic_of_a_pass(run):
-    """FLOPs by hand: twice the weights that a token meets, and 4 L² C for attention."""
+    """FLOPs by hand: twice the weights that a token meets, and 4 L² C for attention; without the LoRA."""
     if run.args.model == "flux.1-dev":
         C, image, words = 3072, 1024, 128
         streams = 19 * 12 * C**2 * (image + words) + 38 * 12 * C**2 * (image + words)
@@ -119,23 +118,12 @@ def test_the_arithmetic_of_a_pass(run):
         streams = 24 * 12 * C**2 * (image + words) - 9 * C**2 * words + 13 * 4 * C**2 * image
         attention = 24 * 2 * (image + words) ** 2 * C + 13 * 2 * image**2 * C
         expected = 2 * 2 * (streams + attention + 4096 * C * words)
-    assert run.flops["image"] == pytest.approx(
-        expected, rel=0.03
-    )  # the LoRA and the small layers are left out
-
-
-@pytest.mark.parametrize("flags", [[], ["--grad_checkpoint"]])
-def test_the_counting_equals_a_real_run(flags):
-    """Fake tensors say what real ones take, to the byte; torch's profiler, asked apart, within 1 %."""
-    counts = plan.check(plan.resolve(["--model", "tiny-sd3", "--micro_batch", "4", *flags]))
-    assert counts["saved"][0] == counts["saved"][1] > 1e5
-    fake, real, profiler = counts["peak"]
-    assert fake == real == pytest.approx(profiler, rel=0.01)
+    assert run.flops["image"] == pytest.approx(expected, rel=0.03)
 
 
 def test_precisions_are_those_of_loading():
     """The plan casts its models as from_pretrained does, T5's exceptions included."""
-    folder = guard.MODELS["tiny-sd3"][0]
+    folder = guard.MODELS["tiny-sd3"].place
     dtype = {"default": torch.float16, "vae": torch.float32}
     loaded = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
     ours = plan.cast(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32), dtype)
@@ -224,7 +212,7 @@ def test_packing_of_flux(flux, monkeypatch):
 
     x = torch.randn(2, 4, 16, 24)
     monkeypatch.setattr(flux.transformer, "forward", echo)
-    v = flux.velocity(x, 0.7, flux.encode(["a card"])[0])
+    v = flux.velocity(x, 0.7, [flux.encode(["a card"])["a card"]] * 2)
     packed = FluxPipeline._pack_latents(x, 2, 4, 16, 24)
     assert torch.equal(given[0][0], packed)
     assert torch.equal(v, FluxPipeline._unpack_latents(packed + 1, 32, 48, flux.pipe.vae_scale_factor))
@@ -243,7 +231,7 @@ def test_flux_draws_the_same_pictures_as_diffusers(flux):
         [torch.from_numpy(guard.rng(*key, 0).standard_normal(flux.shape, np.float32)) for key in keys]
     )
     ode = guard.schedule(flux.sigmas(6), 0.0, "flow")
-    x, kept = guard.sample(flux, ode, flux.encode(["a red card"])[0], keys)
+    x, kept = guard.sample(flux, ode, [flux.encode(["a red card"])["a red card"]] * 2, keys)
     flux.pipe.set_progress_bar_config(disable=True)
 
     def draw(output_type):
@@ -253,7 +241,7 @@ def test_flux_draws_the_same_pictures_as_diffusers(flux):
             latents=FluxPipeline._pack_latents(noise, 2, *flux.shape)).images  # fmt: skip
 
     theirs = FluxPipeline._unpack_latents(draw("latent"), 32, 48, flux.pipe.vae_scale_factor)
-    assert kept is None and (theirs - noise).abs().max() > 0.1
+    assert kept == [] and (theirs - noise).abs().max() > 0.1
     assert (x - theirs).abs().max() < 1e-5
     for ours, its in zip(flux.decode(x), draw("pil"), strict=True):
         assert np.abs(np.int16(ours) - np.int16(its)).max() == 0

@@ -116,7 +116,7 @@ class Args:
     keep: int = flag(3, "checkpoints that stay")
     dtype: str = flag("float16", "of the model, not the SDE", choices=["float32", "bfloat16", "float16"])
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    offload: bool = flag(False, "text encoders, VAE and the kept rollout wait on the CPU while unused")
+    offload: bool = flag(False, "encoders, embeddings, VAE and the kept rollout wait on the CPU while unused")
     seed: int = flag(0, "keys every random number")
     run_dir: str = flag(time.strftime("runs/%Y%m%d-%H%M%S"), "folder of the run")
     resume: str = flag(None, "folder of a run to go on with")
@@ -266,7 +266,7 @@ class SD3:
     def __init__(self, pipe, args):
         self.pipe, self.transformer = pipe, pipe.transformer.to(DEVICE)
         self.guidance, self.dtype = args.guidance, getattr(torch, args.dtype)
-        self.resting = "cpu" if args.offload else DEVICE  # where encoders and VAE wait
+        self.resting = "cpu" if args.offload else DEVICE  # where encoders, embeddings and VAE wait
         encoders = [part for name, part in pipe.components.items() if "text_encoder" in name]
         self.encoders = torch.nn.ModuleList(encoders)
         scale = pipe.vae_scale_factor
@@ -290,7 +290,7 @@ class SD3:
         length = min(128, self.pipe.tokenizer_3.model_max_length)  # of T5's; less in the tiny models
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             prompt, None, None, DEVICE, do_classifier_free_guidance=False, max_sequence_length=length)
-        return tokens, pooled
+        return tokens.to(self.resting), pooled.to(self.resting)
 
     def sigmas(self, steps):
         """steps + 1 noise levels from 1 to 0, as the model's own scheduler sets them."""
@@ -335,7 +335,7 @@ class Flux(SD3):
     def embed(self, prompt):
         length = min(128, self.pipe.tokenizer_2.model_max_length)
         tokens, pooled, _ = self.pipe.encode_prompt(prompt, None, DEVICE, max_sequence_length=length)
-        return tokens, pooled
+        return tokens.to(self.resting), pooled.to(self.resting)
 
     def sigmas(self, steps):
         """The shift of the noise levels depends on the number of image tokens."""
@@ -360,7 +360,7 @@ class Flux(SD3):
 def together(texts):
     """Embeddings of B prompts as one: (B, L, E) and (B, E)."""
     tokens, pooled = zip(*texts, strict=True)
-    return torch.cat(tokens), torch.cat(pooled)
+    return torch.cat(tokens).to(DEVICE), torch.cat(pooled).to(DEVICE)
 
 
 # A model's folder or hub id, the class that runs it, its settings where they are not those of Args, and what
@@ -653,7 +653,8 @@ def train(args):
     say(f"{args.method} on {args.model} ({DEVICE.type}): {sum(map(torch.numel, policy.params)):,} weights "
         f"in the LoRA, {len(prompts)} prompts, {args.run_dir}\n{command_line.arithmetic(args)}")
     evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # after so many epochs
-    if start in evaluations:
+    sheet = Path(args.run_dir) / f"samples/{start * args.updates_per_epoch:06d}.png"
+    if start in evaluations or sheet.exists():  # an evaluation after the last checkpoint is done again
         evaluate(backbone, policy, args, scorers, start * args.updates_per_epoch)
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
     for epoch in bar:
@@ -726,9 +727,9 @@ def log(args, **line):
              sampling, waiting for rewards, training
     update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; skipped: its
              gradient was not finite; loss; grad_norm before clipping to 1. Per trained step, noisiest first:
-             kl to the base if it is in the loss, of all samples; of the live ones ratio_mean and ratio_std, of
-             rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, share
-             whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
+             kl to the base, of all samples, if it is in the loss; of the live ones ratio_mean and ratio_std,
+             of rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
+             share whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
     eval     of held-out prompts: proxy, the trained reward; gold; looks; kl_to_base. See `evaluate`
     """
     if RANK == 0:

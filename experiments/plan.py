@@ -286,14 +286,15 @@ def plan(backbone, args):
     transformer, encoders, vae = (size_of(module) for module in modules)
     parameters = sum(p.numel() for module in modules for p in module.parameters()) - lora
     rollout = trained * 3 * 4 * math.prod(backbone.shape) * images
-    always = transformer + count["state"]["left"] + args.groups * count["encode"]["left"]
-    resting = 0 if args.offload else encoders + vae
-    on_gpu = 0 if args.offload else rollout
     slice_kept = trained * count["sample"]["left"]  # a slice of all steps
     sets = 2 if args.gold and args.gold_prompts != args.prompts else 1
     texts = sets * args.eval_prompts * count["encode"]["left"]  # embeddings of an evaluation's prompts
+    resting, on_gpu, embedded = (0, 0, 0) if args.offload else (encoders + vae, rollout, texts)
+    always = transformer + count["state"]["left"]
+    if not args.offload:
+        always += args.groups * count["encode"]["left"]
     phases = dict(
-        encode=always + (resting or encoders) + texts + count["encode"]["peak"],
+        encode=always + (resting or encoders) + embedded + count["encode"]["peak"],
         sample=always + resting + on_gpu + slice_kept + count["sample"]["peak"],
         decode=always + (resting or vae) + on_gpu + slice_kept + count["decode"]["peak"],
         train=always + resting + on_gpu + count["train"]["peak"],
@@ -302,7 +303,7 @@ def plan(backbone, args):
         args=args, count=count, phases=phases, total=max(phases.values()) + SPARE,
         lora=lora, lora_bytes=4 * lora, transformer=transformer, encoders=encoders, vae=vae,
         rollout=rollout, rollout_image=rollout // images,
-        host=encoders + vae + rollout if args.offload else 0, download=2 * parameters,
+        host=encoders + vae + rollout + texts if args.offload else 0, download=2 * parameters,
         checkpoint=5 * 4 * lora,  # live, EMA, AdamW's two, and the one for diffusers
         flops=flops_of(args, count, trained),
     )  # fmt: skip

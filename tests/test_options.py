@@ -16,9 +16,10 @@ import guard
 import rewards
 from scorers import background
 
+CARDS = Path(__file__).resolve().parent.parent / "prompts" / "cards" / "test.txt"  # few: soon read
 SMALL = (  # the cards' own score as the reward: no group is dead
     "--groups 2 --group_size 2 --micro_batch 2 --steps 3 --eval_steps 2 --eval_prompts 2 --epochs 1 "
-    "--reward cards --gold none"
+    f"--reward cards --gold none --prompts {CARDS} --gold_prompts {CARDS}"
 )
 
 
@@ -237,7 +238,7 @@ def test_gold_is_drawn_from_its_own_prompts(tmp_path, monkeypatch):
             return reward(images, prompts, metadata)
 
         monkeypatch.setitem(rewards.REWARDS, name, lambda noted=noted: noted)
-    held_out = [prompt for prompt, _ in rewards.read_set(rewards.CARD_PROMPTS)[1]]
+    held_out = CARDS.read_text().splitlines()
     (tmp_path / "gold.txt").write_text("\n".join(held_out[7:9]))
     args = arguments(tmp_path / "run", f"--gold cards-frame --gold_prompts {tmp_path / 'gold.txt'}")
     backbone = guard.load_backbone(args)

@@ -20,10 +20,13 @@ from helpers import assert_same_run, checkpoint_names, lines_of, lines_without_b
 import guard
 import rewards
 from scorers import background
+from settings import command_line
 
 HERE = Path(__file__).resolve().parent.parent
+CARDS = HERE / "prompts" / "cards" / "test.txt"  # few, so that they are soon read
 # In each of its two epochs two slices, and before and after each an evaluation of one slice.
 SMALL = (
+    f"--prompts {CARDS} --gold_prompts {CARDS} "
     "--model tiny-sd3 --reward cards --gold cards-frame --groups 2 --group_size 2 --micro_batch 2 --steps 3 "
     "--eval_steps 2 --eval_prompts 2 --epochs 2 --eval_every 1"
 )
@@ -58,6 +61,14 @@ def whole(tmp_path_factory, synced):
         patch.delattr(Path, "rename")
         patch.setattr(os, "fsync", noted)
         guard.train(arguments(folder))
+    return folder
+
+
+def copy_of(whole, folder, updates=4):
+    """A copy of the run as it was saved after so many updates: 2 or 4."""
+    shutil.copytree(whole, folder)
+    if updates == 2:
+        shutil.rmtree(folder / "checkpoint-000004")
     return folder
 
 
@@ -195,13 +206,13 @@ def test_ctrl_c_in_a_terminal_with_two_processes(start, tmp_path):
 
 @pytest.mark.parametrize(
     "where, call, epochs_kept",
-    [("sample", 7, 1), ("update", 3, 1), ("evaluate", 2, 1), ("evaluate", 3, 2), ("save_file", 2, 1)],
+    [("sample", 3, 1), ("update", 1, 1), ("evaluate", 1, 1), ("evaluate", 2, 2), ("save_file", 1, 1)],
 )
 def test_ctrl_c_anywhere_costs_at_most_the_epoch(
     where, call, epochs_kept, whole, tmp_path, monkeypatch, command
 ):
-    """sample: called twice in each evaluation and each epoch; update: twice an epoch."""
-    folder, calls, original = tmp_path / "run", [], getattr(guard, where)
+    """In the second epoch, evaluations before and after it included; `sample` is called twice in each."""
+    folder, calls, original = copy_of(whole, tmp_path / "run", updates=2), [], getattr(guard, where)
 
     def interrupted(*args, **kwargs):
         result = original(*args, **kwargs)
@@ -211,7 +222,7 @@ def test_ctrl_c_anywhere_costs_at_most_the_epoch(
         return result
 
     monkeypatch.setattr(guard, where, interrupted)
-    assert command(f"{SMALL} --run_dir {folder}") == (1, [f"guard.py: error: KeyboardInterrupt: {GO_ON}"])
+    assert command(f"--resume {folder}") == (1, [f"guard.py: error: KeyboardInterrupt: {GO_ON}"])
     monkeypatch.setattr(guard, where, original)
     assert checkpoint_names(folder) == ["checkpoint-000002", "checkpoint-000004"][:epochs_kept]
     assert (folder / "checkpoint-000004.partial").exists() == (where == "save_file")
@@ -221,14 +232,6 @@ def test_ctrl_c_anywhere_costs_at_most_the_epoch(
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints and the disk
-
-
-def copy_of(whole, folder, updates=4):
-    """A copy of the run as it was saved after so many updates: 2 or 4."""
-    shutil.copytree(whole, folder)
-    if updates == 2:
-        shutil.rmtree(folder / "checkpoint-000004")
-    return folder
 
 
 def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(whole, tmp_path):
@@ -283,7 +286,8 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(name, whole, tmp_p
     assert_same_run(whole, folder, 4)
 
 
-def test_config_keeps_the_first_start_and_appends_later_ones(whole, tmp_path):
+def test_config_keeps_the_first_start_and_appends_later_ones(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(command_line, "git_commit", lambda: "1" * 40)
     folder = copy_of(whole, tmp_path / "run")
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -295,12 +299,13 @@ def test_config_keeps_the_first_start_and_appends_later_ones(whole, tmp_path):
         resume(folder)
         after = json.loads(path.read_text())
         assert {name: after[name] for name in first} == first
-        assert after["resumed"] == [{name: config[name] for name in first}] * starts
+        later = dict(commit="1" * 40, processes=1, device="cpu", versions=config["versions"])
+        assert after["resumed"] == [later] * starts
     assert not list(folder.glob("*.partial"))
 
 
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(whole, tmp_path, monkeypatch, command):
-    folder, save = tmp_path / "run", guard.save_file
+    folder, save = copy_of(whole, tmp_path / "run", updates=2), guard.save_file
 
     def full(tensors, path):
         if "checkpoint-000004" in str(path):
@@ -309,7 +314,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(whole, tmp_path, mo
 
     monkeypatch.setattr(guard, "save_file", full)
     error = "guard.py: error: OSError: [Errno 28] No space left on device"
-    assert command(f"{SMALL} --run_dir {folder}") == (1, [error + GO_ON])
+    assert command(f"--resume {folder}") == (1, [error + GO_ON])
     monkeypatch.setattr(guard, "save_file", save)
     assert checkpoint_names(folder) == ["checkpoint-000002"]
     resume(folder)
@@ -353,10 +358,9 @@ def test_a_truncated_lora_is_named(size, whole, tmp_path, command):
 
 def copy_of_tiny_sd3(folder):
     """A model that can be spoiled, and the flags for it: its presets are those of SD3.5-M."""
-    model, cards = folder / "model", rewards.CARD_PROMPTS
+    model = folder / "model"
     shutil.copytree(HERE / "tiny" / "sd3", model)
-    more = f"--run_dir {folder / 'run'} --resolution 32x64 --prompts {cards} --gold_prompts {cards}"
-    return model, f"{SMALL} {more} --model {model}"
+    return model, f"{SMALL} --run_dir {folder / 'run'} --resolution 32x64 --model {model}"
 
 
 @pytest.mark.parametrize(
@@ -429,11 +433,11 @@ def test_whatever_a_reward_raises_is_one_line(answer, message, tmp_path, monkeyp
 
 
 def test_a_reward_that_fails_costs_the_epoch(whole, tmp_path, monkeypatch, command):
-    """In the second epoch: after an evaluation, two slices and an evaluation."""
-    folder = tmp_path / "run"
+    """In the second epoch, after the evaluation before it."""
+    folder = copy_of(whole, tmp_path / "run", updates=2)
     with monkeypatch.context() as patch:
-        patch.setitem(rewards.REWARDS, "cards", fail_at(5, "cards", two_lines))
-        assert command(f"{SMALL} --run_dir {folder}")[0] == 1
+        patch.setitem(rewards.REWARDS, "cards", fail_at(2, "cards", two_lines))
+        assert command(f"--resume {folder}")[0] == 1
     assert checkpoint_names(folder) == ["checkpoint-000002"]
     resume(folder)
     assert_same_run(whole, folder, 4)

@@ -269,10 +269,9 @@ class SD3:
         self.resting = "cpu" if args.offload else DEVICE  # where encoders, embeddings and VAE wait
         encoders = [part for name, part in pipe.components.items() if "text_encoder" in name]
         self.encoders = torch.nn.ModuleList(encoders)
-        scale = pipe.vae_scale_factor
-        height, width = command_line.resolution(args)
-        self.shape = (pipe.vae.config.latent_channels, height // scale, width // scale)
-        self.patch = 2 * scale  # pixels to a side of what one token draws
+        self.patch = 2 * pipe.vae_scale_factor  # pixels to a side of what one token draws
+        height, width = command_line.fitting_resolution(args, pipe.transformer, self.patch)
+        self.shape = (pipe.vae.config.latent_channels, 2 * height // self.patch, 2 * width // self.patch)
         for module in (self.encoders, pipe.vae, self.transformer):
             module.requires_grad_(False).eval()
         self.empty = self.encode([""])[""]  # the prompt that guidance leads away from

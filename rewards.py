@@ -50,7 +50,7 @@ class RewardError(RuntimeError):
 # Prompt sets
 
 
-def prompt_files(path):
+def prompt_files(path, flag="prompts"):
     """(training file, evaluation file) of a prompt set, both the same one if only one was given.
 
     path: a file, or a folder in Flow-GRPO's layout, which holds `train.txt` and `test.txt` or
@@ -64,7 +64,7 @@ def prompt_files(path):
         if train.is_file() and test.is_file():
             return train, test
     wanted = "a file, or a folder with train.txt and test.txt, or both as _metadata.jsonl"
-    raise BadInput(f"--prompts {path}: expected {wanted}")
+    raise BadInput(f"--{flag} {path}: expected {wanted}")
 
 
 def read_prompts(file, names=()):
@@ -95,9 +95,9 @@ def read_prompts(file, names=()):
     return prompts
 
 
-def read_set(path, names=()):
+def read_set(path, names=(), flag="prompts"):
     """(training prompts, evaluation prompts) of a prompt set: `read_prompts` of both its files."""
-    return tuple(read_prompts(file, names) for file in prompt_files(path))
+    return tuple(read_prompts(file, names) for file in prompt_files(path, flag))
 
 
 def parse_metadata(line):

@@ -161,7 +161,7 @@ def validate(args):
         how = f"go on with --resume {args.run_dir}, or name another"
         expect(is_new, "run_dir", f"a new folder, since this holds a run; {how}")
     rewards.read_set(args.prompts, [args.reward])
-    rewards.read_set(args.gold_prompts, args.gold)
+    rewards.read_set(args.gold_prompts, args.gold, "gold_prompts")
 
 
 def resolution(args):
@@ -170,6 +170,14 @@ def resolution(args):
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise BadInput(f"--resolution {args.resolution}: expected N or HxW in pixels, like 512 or 32x64")
     return int(sides[0]), int(sides[-1])
+
+
+def fitting_resolution(args, transformer, patch):
+    """The same, or BadInput if it is too large for the transformer's position embeddings."""
+    largest = patch * transformer.config.get("pos_embed_max_size", math.inf)
+    if max(resolution(args)) > largest:
+        raise BadInput(f"--resolution {args.resolution}: this model draws at most {largest} pixels a side")
+    return resolution(args)
 
 
 def arithmetic(args):

@@ -61,7 +61,7 @@ def parse(arguments, tmp_path):
         ("--seed -1", "--seed -1: expected 0 or more"),
         ("--init_lora nowhere", "--init_lora nowhere: expected a folder or a safetensors file"),
         ("--prompts nowhere", "--prompts nowhere: expected a file, or a folder with train.txt"),
-        ("--gold_prompts nowhere", "nowhere: expected a file, or a folder with train.txt"),
+        ("--gold_prompts nowhere", "--gold_prompts nowhere: expected a file, or a folder with train.txt"),
         ("--resume nowhere", "--resume nowhere: expected a run folder"),
         ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
     ],

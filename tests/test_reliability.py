@@ -382,6 +382,12 @@ def test_a_truncated_model_is_named(file, tmp_path, command):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_picture_too_large_for_the_model_is_one_line(tmp_path, command):
+    code, lines = command(f"{SMALL} --resolution 128 --run_dir {tmp_path / 'run'}")
+    assert (code, lines) == (2, ["guard.py: error: --resolution 128: this model draws at most 64 pixels a side"])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "part, name", [("_class_name", "NewerPipeline"), ("transformer", ["diffusers", "NewerTransformer"])]
 )

@@ -384,7 +384,8 @@ def test_a_truncated_model_is_named(file, tmp_path, command):
 
 def test_a_picture_too_large_for_the_model_is_one_line(tmp_path, command):
     code, lines = command(f"{SMALL} --resolution 128 --run_dir {tmp_path / 'run'}")
-    assert (code, lines) == (2, ["guard.py: error: --resolution 128: this model draws at most 64 pixels a side"])
+    message = "guard.py: error: --resolution 128: this model draws at most 64 pixels a side"
+    assert (code, lines) == (2, [message])
     assert not (tmp_path / "run").exists()
 
 

@@ -50,7 +50,7 @@ class RewardError(RuntimeError):
 # Prompt sets
 
 
-def prompt_files(path):
+def prompt_files(path, flag="prompts"):
     """(training file, evaluation file) of a prompt set, both the same one if only one was given.
 
     path: a file, or a folder in Flow-GRPO's layout, which holds `train.txt` and `test.txt` or
@@ -64,7 +64,7 @@ def prompt_files(path):
         if train.is_file() and test.is_file():
             return train, test
     wanted = "a file, or a folder with train.txt and test.txt, or both as _metadata.jsonl"
-    raise BadInput(f"--prompts {path}: expected {wanted}")
+    raise BadInput(f"--{flag} {path}: expected {wanted}")
 
 
 def read_prompts(file, names=()):
@@ -95,9 +95,9 @@ def read_prompts(file, names=()):
     return prompts
 
 
-def read_set(path, names=()):
+def read_set(path, names=(), flag="prompts"):
     """(training prompts, evaluation prompts) of a prompt set: `read_prompts` of both its files."""
-    return tuple(read_prompts(file, names) for file in prompt_files(path))
+    return tuple(read_prompts(file, names) for file in prompt_files(path, flag))
 
 
 def parse_metadata(line):
@@ -250,19 +250,13 @@ def scorer(module, function, *args, **options):
     return getattr(import_module(f"scorers.{module}"), function)(*args, **options)
 
 
-TINY = Path(__file__).resolve().parent / "tiny"
-TINY_JUDGES = dict(detector=str(TINY / "detector"), clip=str(TINY / "clip"))
-TINY_PICKSCORE = str(TINY / "pickscore")
-CARD_PARTS = ("colour", "frame", "pattern", "content")  # of tiny/cards.py, which only the tiny models need
+CARD_PARTS = ("colour", "frame", "gradient", "glyph")  # of tiny/cards.py, which only the tiny models need
 
 REWARDS = {
     "ocr": load_ocr,
     "geneval": functools.partial(scorer, "geneval", "load"),  # Flow-GRPO's partial score
     "geneval-strict": functools.partial(scorer, "geneval", "load", strict=True),  # GenEval's own, 0 or 1
     "pickscore": functools.partial(load_clip_score, "yuvalkirstain/PickScore_v1", divisor=26),
-    "tiny-geneval": functools.partial(scorer, "geneval", "load", **TINY_JUDGES),
-    "tiny-geneval-strict": functools.partial(scorer, "geneval", "load", strict=True, **TINY_JUDGES),
-    "tiny-pickscore": functools.partial(load_clip_score, TINY_PICKSCORE, TINY_PICKSCORE, divisor=26),
     "hpsv2": functools.partial(load_clip_score, "adams-story/HPSv2-hf"),
     "imagereward": functools.partial(scorer, "remote", "load_imagereward"),
     "unifiedreward": functools.partial(scorer, "remote", "load_unifiedreward"),
@@ -276,8 +270,6 @@ CHECKS = {
     "ocr": lambda prompt, metadata: quoted_text(prompt),
     "geneval": functools.partial(scorer, "geneval", "check"),
     "geneval-strict": functools.partial(scorer, "geneval", "check"),
-    "tiny-geneval": functools.partial(scorer, "geneval", "check", **TINY_JUDGES),
-    "tiny-geneval-strict": functools.partial(scorer, "geneval", "check", **TINY_JUDGES),
     **{name: functools.partial(scorer, "cards", "check") for name in REWARDS if name.startswith("cards")},
 }
 

@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
-# Train on the OCR reward with what this machine has: SD3.5-M with one process per GPU, or without a GPU tiny-sd3
-# with one single-threaded process per core, 4 at most: they share the 4 prompts of an update.
+# Train on the OCR reward with what this machine has.
+#   several GPUs   SD3.5-M, one process per GPU
+#   one GPU        tiny-sd3; --model sd3.5-medium for the real one
+#   none           tiny-sd3, one single-threaded process per core, 4 at most: they share the prompts of an update
 # Arguments go on to guard.py, for example: ./run_ocr.sh --method flow-grpo --seed 1
 set -euo pipefail
 cd "$(dirname "$0")"
 processes=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$processes" -eq 0 ]; then
+if [ "$processes" -eq 1 ]; then
+    exec python guard.py --task ocr "$@"
+elif [ "$processes" -eq 0 ]; then
     cores=$(python -c 'import rewards; print(rewards.usable_cores())')
     processes=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
     export OMP_NUM_THREADS=1

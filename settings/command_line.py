@@ -50,8 +50,8 @@ def parse(argv, Args, models):
     not_given = argparse.Namespace(**dict.fromkeys(vars(Args())))
     flags = Parser(Args, prog="guard.py", allow_abbrev=False).parse_args(argv, not_given)
     given = {name: value for name, value in vars(flags).items() if value is not None}
-    if given.get("gold") == ["none"]:
-        given["gold"] = []
+    if "gold" in given:
+        given["gold"] = [name for name in given["gold"] if name != "none"]
     if "resume" in given:
         settings = settings_of_run(given, Args)
     else:
@@ -211,7 +211,10 @@ def write_config(args, device):
     config["args"] = asdict(args)
     (path.parent / "samples").mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
+    with open(partial, "w") as file:
+        file.write(json.dumps(config, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before it takes the old one's place
     partial.replace(path)
 
 

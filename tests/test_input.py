@@ -191,6 +191,7 @@ def test_presets_follow_the_sampler_and_the_model(tmp_path):
     tiny = parse("", tmp_path)
     assert tiny.prompts.endswith("prompts/cards") and tiny.gold_prompts.endswith("prompts/cards")
     assert tiny.gold[0] == "cards" and parse("--gold none", tmp_path).gold == []
+    assert parse("--gold none cards", tmp_path).gold == ["cards"]
     assert parse("--method flow-grpo", tmp_path).clip > 10 * tiny.clip
     embedded = guard.parse_args(["--model", str(HERE / "tiny/sd3"), "--run_dir", str(tmp_path / "run")])
     assert embedded.resolution == "32x64"

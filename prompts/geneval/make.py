@@ -14,19 +14,14 @@ set before reporting a score on them. Where GenEval writes "three sandwichs" or 
 
 import json
 import random
+import sys
 from pathlib import Path
 
-CLASSES = (  # COCO's, in COCO's order, by GenEval's names
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, "
-    "stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, "
-    "backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, "
-    "baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, "
-    "knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, "
-    "chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, "
-    "computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
-    "scissors, teddy bear, hair drier, toothbrush"
-).split(", ")
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scorers.geneval import CLASSES  # noqa: E402
+from scorers.geneval import COLOURS as COLORS  # noqa: E402
+
 POSITIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}  # and opposite
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

@@ -63,8 +63,9 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 from tqdm import tqdm
 
 import rewards
-from scorers.background import TIMEOUT, Scorers, report_evaluation, result_of
+from scorers.background import TIMEOUT, Scorers, report_evaluation, result_of, sheet
 from settings import command_line
+from settings.command_line import TASKS, TINY, TINY_FLUX, TINY_SD3, TINY_TASKS
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
@@ -362,15 +363,16 @@ def together(texts):
     return torch.cat(tokens).to(DEVICE), torch.cat(pooled).to(DEVICE)
 
 
-# A model's folder or hub id, the class that runs it, its settings where they are not those of Args, and what
-# is in their place for the baseline, the methods whose ratio is not normalised.
-Model = namedtuple("Model", "place backbone settings baseline")
+# A model's folder or hub id, the class that runs it, its settings where they are not those of Args, more of
+# them by task, and what is in their place for the baseline, the methods whose ratio is not normalised.
+Model = namedtuple("Model", "place backbone settings by_task baseline")
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
+BASELINE = dict(lr=3e-4, clip=1e-4)
 MODELS = {  # a model without an alias takes the first row that has its pipeline's class
-    "sd3.5-medium": Model("stabilityai/stable-diffusion-3.5-medium", SD3, {}, dict(lr=3e-4, clip=1e-4)),
-    "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", Flux, FLUX, dict(lr=3e-4, clip=1e-4)),
-    "tiny-sd3": Model(command_line.TINY_SD3, SD3, command_line.TINY, dict(clip=1e-3)),
-    "tiny-flux": Model(command_line.TINY_FLUX, Flux, command_line.TINY | dict(epochs=30), dict(clip=1e-3)),
+    "sd3.5-medium": Model("stabilityai/stable-diffusion-3.5-medium", SD3, {}, TASKS, BASELINE),
+    "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", Flux, FLUX, TASKS, BASELINE),
+    "tiny-sd3": Model(TINY_SD3, SD3, TINY, TINY_TASKS, dict(clip=1.1e-3)),
+    "tiny-flux": Model(TINY_FLUX, Flux, TINY, TINY_TASKS, dict(clip=1.1e-3)),
 }
 # With its prefix, so that SD3.5's attn2 stays out. Departure for FLUX: flow_grpo's own script has others.
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -652,8 +654,8 @@ def train(args):
     say(f"{args.method} on {args.model} ({DEVICE.type}): {sum(map(torch.numel, policy.params)):,} weights "
         f"in the LoRA, {len(prompts)} prompts, {args.run_dir}\n{command_line.arithmetic(args)}")
     evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # after so many epochs
-    sheet = Path(args.run_dir) / f"samples/{start * args.updates_per_epoch:06d}.png"
-    if start in evaluations or sheet.exists():  # an evaluation after the last checkpoint is done again
+    page = Path(args.run_dir) / f"samples/{start * args.updates_per_epoch:06d}.png"
+    if start in evaluations or page.exists():  # an evaluation after the last checkpoint is done again
         evaluate(backbone, policy, args, scorers, start * args.updates_per_epoch)
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
     for epoch in bar:
@@ -686,8 +688,8 @@ def evaluate(backbone, policy, args, scorers, updates):
             if path == args.prompts and RANK == 0:
                 first = slices[0]
                 captions = [prompts[i][0] for i in first.numbers]
-                sheet = rewards.sheet(first.images, captions, scores[0, first.numbers].tolist())
-                sheet.save(f"{args.run_dir}/samples/{updates:06d}.png")
+                page = sheet(first.images, captions, scores[0, first.numbers].tolist())
+                page.save(f"{args.run_dir}/samples/{updates:06d}.png")
                 _, kept = sample(backbone, sde, first.texts, first.keys)
                 for step, (x, v, _) in zip(sde[:-1], kept, strict=True):
                     kl += kl_to_base(backbone, step, x, v, first.texts).mean()

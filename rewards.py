@@ -27,14 +27,12 @@ import json
 import math
 import os
 import re
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rapidfuzz.distance import Levenshtein
 
 
@@ -250,13 +248,20 @@ def scorer(module, function, *args, **options):
     return getattr(import_module(f"scorers.{module}"), function)(*args, **options)
 
 
-CARD_PARTS = ("colour", "frame", "gradient", "glyph")  # of tiny/cards.py, which only the tiny models need
+# The tiny world: the judges that tiny/make.py trained, and the parts of the gold score in tiny/cards.py
+HERE = Path(__file__).resolve().parent
+TINY_GENEVAL = dict(detector=str(HERE / "tiny" / "detector"), clip=str(HERE / "tiny" / "clip"))
+TINY_PICKSCORE = str(HERE / "tiny" / "pickscore")
+CARD_PARTS = ("colour", "frame", "pattern", "content")
 
 REWARDS = {
     "ocr": load_ocr,
     "geneval": functools.partial(scorer, "geneval", "load"),  # Flow-GRPO's partial score
     "geneval-strict": functools.partial(scorer, "geneval", "load", strict=True),  # GenEval's own, 0 or 1
     "pickscore": functools.partial(load_clip_score, "yuvalkirstain/PickScore_v1", divisor=26),
+    "tiny-geneval": functools.partial(scorer, "geneval", "load", **TINY_GENEVAL),
+    "tiny-geneval-strict": functools.partial(scorer, "geneval", "load", strict=True, **TINY_GENEVAL),
+    "tiny-pickscore": functools.partial(load_clip_score, TINY_PICKSCORE, TINY_PICKSCORE, divisor=26),
     "hpsv2": functools.partial(load_clip_score, "adams-story/HPSv2-hf"),
     "imagereward": functools.partial(scorer, "remote", "load_imagereward"),
     "unifiedreward": functools.partial(scorer, "remote", "load_unifiedreward"),
@@ -270,11 +275,12 @@ CHECKS = {
     "ocr": lambda prompt, metadata: quoted_text(prompt),
     "geneval": functools.partial(scorer, "geneval", "check"),
     "geneval-strict": functools.partial(scorer, "geneval", "check"),
+    "tiny-geneval": functools.partial(scorer, "geneval", "check", **TINY_GENEVAL),
+    "tiny-geneval-strict": functools.partial(scorer, "geneval", "check", **TINY_GENEVAL),
     **{name: functools.partial(scorer, "cards", "check") for name in REWARDS if name.startswith("cards")},
 }
 
-PROMPTS = Path(__file__).resolve().parent / "prompts"
-CARD_PROMPTS = str(PROMPTS / "cards")  # of the tiny models
+PROMPTS = HERE / "prompts"
 TASKS = {n: dict(prompts=str(PROMPTS / n), reward=n, gold=[]) for n in ("ocr", "geneval", "pickscore")}
 
 
@@ -304,7 +310,7 @@ def load(name):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# To look at
+# What a picture looks like
 
 LOOKS = ("brightness", "near_black", "near_white", "edges", "colours", "grid")
 
@@ -349,16 +355,3 @@ def grid(lines, period):
     power = (np.abs(spectrum) ** 2).mean(axis=0) + 1e-6 * count * period
     near = [bin for bin in range(count - 2, count + 3) if bin > 0 and bin != count]
     return power[count] / power[near].mean()
-
-
-def sheet(images, prompts, scores, width=256):
-    """One picture of many, under each its prompt and score."""
-    cells = []
-    for image, prompt, score in zip(images, prompts, scores, strict=True):
-        image = image.resize((width, width * image.height // image.width), Image.Resampling.LANCZOS)
-        cells.append(ImageOps.expand(image, (0, 0, 0, 48), "white"))
-        text = "\n".join(textwrap.wrap(f"{prompt}  {score:.2f}", 42)[:3])
-        ImageDraw.Draw(cells[-1]).text((4, image.height + 2), text, "black", ImageFont.load_default(12))
-    columns = math.gcd(len(cells), 4)
-    rows = [np.hstack(cells[start : start + columns]) for start in range(0, len(cells), columns)]
-    return Image.fromarray(np.vstack(rows))

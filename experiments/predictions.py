@@ -62,7 +62,7 @@ def grid(name, top, rows):
 
 
 def main():
-    held_out = rewards.read_set(rewards.CARD_PROMPTS)[1][:PROMPTS]
+    held_out = rewards.read_set(rewards.PROMPTS / "cards")[1][:PROMPTS]
     table = {name: predictions(name, held_out) for name in NAMES}
     words = [prompt.replace("a ", "", 1).replace(" card that says", "") for prompt, _ in held_out]
     label = {name: name.removesuffix(f"-s{FIRST_SEED}") for name in NAMES}

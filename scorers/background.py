@@ -1,10 +1,14 @@
-"""Rewards on a thread beside the sampling, and the report of an evaluation."""
+"""Rewards on a thread beside the sampling, and the report and the sample sheet of an evaluation."""
 
 import json
+import math
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import rewards
@@ -69,3 +73,16 @@ def report_evaluation(metrics):
         now = last["looks"][name]
         if abs(now - before) > abs(before) / 3:
             tqdm.write(f"look at samples/: {name} was {before:.3g} at update 0, is {now:.3g} now")
+
+
+def sheet(images, prompts, scores, width=256):
+    """One picture of many, under each its prompt and score."""
+    cells = []
+    for image, prompt, score in zip(images, prompts, scores, strict=True):
+        image = image.resize((width, width * image.height // image.width), Image.Resampling.LANCZOS)
+        cells.append(ImageOps.expand(image, (0, 0, 0, 48), "white"))
+        text = "\n".join(textwrap.wrap(f"{prompt}  {score:.2f}", 42)[:3])
+        ImageDraw.Draw(cells[-1]).text((4, image.height + 2), text, "black", ImageFont.load_default(12))
+    columns = math.gcd(len(cells), 4)
+    rows = [np.hstack(cells[start : start + columns]) for start in range(0, len(cells), columns)]
+    return Image.fromarray(np.vstack(rows))

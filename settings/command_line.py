@@ -25,13 +25,26 @@ from rewards import BadInput
 
 HERE = Path(__file__).resolve().parent.parent
 ON_RESUME = ("epochs", "eval_every", "eval_prompts", "save_every", "keep")  # what --resume may change
-BY_TASK = {"ocr": {}, "geneval": dict(epochs=930), "pickscore": dict(epochs=510, clip=4e-6)}  # for SD3.5-M
+TASKS = {"ocr": {}, "geneval": dict(epochs=930), "pickscore": dict(epochs=510, clip=4e-6)}  # for SD3.5-M
 TINY_SD3, TINY_FLUX = str(HERE / "tiny" / "sd3"), str(HERE / "tiny" / "flux")
 TINY = dict(  # the embedded models'
-    prompts=rewards.CARD_PROMPTS, gold_prompts=rewards.CARD_PROMPTS, gold=["cards"], dtype="float32",
-    lr=2e-3, clip=4e-5, ema_decay=0.0, group_size=16, groups=8, epochs=20, micro_batch=16,
-    eval_steps=10, guidance=1.0, resolution="32x64", eval_every=10, eval_prompts=256)  # fmt: skip
-TINY["gold"] += [f"cards-{part}" for part in rewards.CARD_PARTS]
+    dtype="float32", lr=2e-3, clip=2.3e-5, ema_decay=0.0, group_size=16, groups=8, epochs=10, micro_batch=16,
+    eval_steps=10, guidance=1.0, resolution="32x64", eval_every=5, eval_prompts=256,
+    gold=["cards", *(f"cards-{part}" for part in rewards.CARD_PARTS)])  # fmt: skip
+
+
+def tiny_task(prompts, reward, gold=(), **settings):
+    """Gold is drawn from the task's own held-out prompts."""
+    prompts = str(rewards.PROMPTS / prompts)
+    gold = [*TINY["gold"], *gold]
+    return dict(prompts=prompts, gold_prompts=prompts, reward=reward, gold=gold, **settings)
+
+
+TINY_TASKS = {
+    "ocr": tiny_task("cards", "ocr"),
+    "geneval": tiny_task("cards-geneval", "tiny-geneval", ["tiny-geneval-strict"], epochs=20, eval_every=10),
+    "pickscore": tiny_task("cards-pickscore", "tiny-pickscore", epochs=20, eval_every=10),
+}
 AT_LEAST = dict(steps=2, group_size=2, guidance=1, kl_beta=0, ema_decay=0, seed=0)  # other whole numbers: 1
 
 
@@ -78,7 +91,7 @@ def preset(args, models):
     """Settings of the task, the model, the method and the sampler; a later one wins."""
     model = find_model(args.model, models)
     settings = dict(gold_prompts=rewards.TASKS["pickscore"]["prompts"])
-    settings |= rewards.TASKS[args.task] | BY_TASK[args.task] | model.settings
+    settings |= rewards.TASKS[args.task] | model.settings | model.by_task[args.task]
     if args.method not in ("rationorm", "guard"):
         settings |= model.baseline
     if args.sde == "dance":

@@ -498,7 +498,7 @@ def test_the_command_serves_a_reward_of_the_project(monkeypatch):
     """In a process of its own, which must not read itself though the variable is set."""
     from tiny import cards
 
-    prompt = cards.prompt_of("CAT", "red")
+    prompt = 'a red card with dots that says "CAT"'
     image = Image.fromarray(np.full((cards.HEIGHT, cards.WIDTH, 3), 120, np.uint8))
     expected = rewards.load("cards-colour")([image], [prompt], [{}])
     command = [sys.executable, "-m", "scorers.remote", "serve", "cards-colour", "--port", "0"]

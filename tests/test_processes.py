@@ -50,7 +50,7 @@ def brightness_until_killed():
 
 def brightness_of_rank_0():
     """With whole groups in a slice, rank 1 of 2 has the odd ones: their pictures all score the same."""
-    prompts, _ = rewards.read_set(rewards.CARD_PROMPTS)
+    prompts, _ = rewards.read_set(rewards.PROMPTS / "cards")
     args, score = guard.Args(groups=8, seed=0), brightness()
     orders = [guard.prompt_order(args, epoch, len(prompts)) for epoch in range(2)]
     dead = {prompts[order[slot]][0] for order in orders for slot in (1, 3, 5, 7)}

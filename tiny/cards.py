@@ -1,15 +1,21 @@
-"""The world of the tiny models: word cards, how they are drawn, and an exact score of how well one was drawn.
+"""The world of the tiny models: cards, how they are drawn, and an exact score of how well one was drawn.
 
-A card is 32 x 64 pixels: a word in white capitals, slightly displaced, over a vertical gradient of one colour
-with a thin white frame. Its prompt is `a red card that says "CAT"`. Since this file draws the cards, it also
-knows what a generated card should have looked like, and `fidelity` measures that: a gold score which the OCR
-reward never sees.
+A card is 32 x 64 pixels: a vertical gradient of one colour under a pattern, a thin white frame, and on it
+
+- a word in white capitals, more or less faint: `a red card with stripes that says "CAT"`
+- or one to four shapes: `a blue card with dots that shows two yellow circles`
+
+Since this file draws the cards, it also knows what a generated card should have looked like, and `fidelity`
+measures that part by part: a gold score which no reward ever sees.
 
 The font is the one embedded in Pillow, Aileron Regular by Sora Sagano, released into the public domain (CC0
 1.0).
 """
 
+import dataclasses
 import functools
+import itertools
+import math
 import random
 import re
 
@@ -17,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 HEIGHT, WIDTH = 32, 64
-COLOURS = {  # RGB at mid height; the gradient runs from 1.2 times this at the top to 0.5 times at the bottom
+COLOURS = {  # of the card, RGB at its top; at the bottom 0.6 times this
     "red": (200, 45, 45),
     "orange": (205, 110, 25),
     "green": (45, 140, 65),
@@ -27,9 +33,35 @@ COLOURS = {  # RGB at mid height; the gradient runs from 1.2 times this at the t
     "pink": (205, 80, 150),
     "gray": (115, 115, 120),
 }
+PATTERNS = ("stripes", "dots", "checks", "waves")
+PATTERN_STRENGTH = 0.4  # of the way to white
+SHAPE_COLOURS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "yellow": (255, 225, 0),
+    "red": (235, 20, 20),
+    "green": (0, 185, 45),
+    "blue": (20, 60, 250),
+}
+SHAPES = {  # and their plurals
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "star": "stars",
+    "cross": "crosses",
+    "heart": "hearts",
+}
+COUNTS = {"a": 1, "two": 2, "three": 3, "four": 4}
+RELATIONS = ("left of", "right of", "above", "below")
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's
 CELL = 14  # pixels from one letter to the next
-JITTER_X, JITTER_Y = 1, 1  # pixels, either way
-PARTS = ("colour", "frame", "gradient", "glyph")
+JITTER = 1  # pixels, either way, of a word
+CONTRASTS = 0.3, 1.0  # the faintest and the loudest word
+SIZES = (8, 9, 10, 11)  # pixels, of a shape
+PLACES = [(x, y) for y in (8, 24) for x in (8, 24, 40, 56)]  # pixels, the centres of the shapes' places
+PARTS = ("colour", "frame", "pattern", "content")
+LEAST_GAIN = 1.5  # squared error that a shape must explain to be one
+MEAN_AREA = 50  # pixels, of a shape
 
 # Words of 3 or 4 letters that the OCR engine reads on every card.
 SEEN_WORDS = """
@@ -58,33 +90,187 @@ EARN FOLK GULF HOST JURY KELP MOSS NEON PLUM RUSH SHED TAXI UNDO VOTE WORD
 WORDS = SEEN_WORDS + UNSEEN_WORDS
 
 
-def prompt_of(word, colour):
-    return f'a {colour} card that says "{word}"'
+# ------------------------------------------------------------------------------------------------------------
+# Prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class Clause:
+    """So many shapes of a kind; colour None is any colour."""
+
+    shape: str
+    count: int = 1
+    colour: str | None = None
+
+    def __str__(self):
+        number = next(word for word, count in COUNTS.items() if count == self.count)
+        name = self.shape if self.count == 1 else SHAPES[self.shape]
+        return " ".join(filter(None, (number, self.colour, name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a prompt asks for: a word, or one or two clauses, the first in `relation` to the second."""
+
+    colour: str
+    pattern: str
+    word: str | None = None
+    clauses: tuple = ()
+    relation: str | None = None
+
+    def __str__(self):
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        start = f"{article} {self.colour} card with {self.pattern} that"
+        if self.word:
+            return f'{start} says "{self.word}"'
+        return f"{start} shows " + f" {self.relation or 'and'} ".join(map(str, self.clauses))
+
+
+def parse_clause(text):
+    number, *colour, name = text.split()
+    singular = {plural: shape for shape, plural in SHAPES.items()}
+    if number != "a":
+        name = singular[name]
+    if len(colour) > 1 or name not in SHAPES or not set(colour) <= SHAPE_COLOURS.keys():
+        raise ValueError
+    return Clause(name, COUNTS[number], *colour)
+
+
+@functools.lru_cache(maxsize=65536)
 def parse(prompt):
-    """`(word, colour)` of a card's prompt. Raises ValueError if it is not one."""
-    match = re.fullmatch(r'an? (\w+) card that says "([A-Z]+)"', prompt.strip())
-    if not match or match[1] not in COLOURS:
-        wanted = 'a COLOUR card that says "WORD"; for other prompts --gold none'
-        raise ValueError(f"not a card's prompt: {prompt!r}; expected: {wanted}")
-    return match[2], match[1]
+    """The `Card` of a prompt. Raises ValueError if it is not one of a card."""
+    wanted = 'a COLOUR card with PATTERN that says "WORD", or ... that shows two red circles'
+    error = ValueError(f"not a card's prompt: {prompt!r}; expected: {wanted}; for others --gold none")
+    match = re.fullmatch(r'an? (\w+) card with (\w+) that (?:says "([A-Z]{1,4})"|shows (.+))', prompt.strip())
+    if not match or match[1] not in COLOURS or match[2] not in PATTERNS:
+        raise error
+    if match[3]:
+        return Card(match[1], match[2], match[3])
+    try:
+        first, *more = re.split(rf" (and|{'|'.join(RELATIONS)}) ", match[4])
+        clauses = tuple(parse_clause(text) for text in (first, *more[1::2]))
+    except (ValueError, KeyError):
+        raise error from None
+    if len(clauses) > 2 or sum(clause.count for clause in clauses) > 4:
+        raise error
+    relation = more[0] if more and more[0] != "and" else None
+    return Card(match[1], match[2], clauses=clauses, relation=relation)
 
 
-def splits():
-    """Prompts for training and for evaluation, with no (word, colour) pair in both.
+def metadata_of(card):
+    """The line of GenEval's metadata for a card with shapes."""
+    include = [{"class": clause.shape, "count": clause.count} for clause in card.clauses]
+    for clause, entry in zip(card.clauses, include, strict=True):
+        if clause.colour:
+            entry["color"] = clause.colour
+    about = {"tag": tag_of(card), "include": include}
+    if card.relation:
+        include.reverse()  # GenEval names the target first
+        include[1]["position"] = [card.relation, 0]
+    if about["tag"] == "counting":
+        about["exclude"] = [{"class": card.clauses[0].shape, "count": card.clauses[0].count + 1}]
+    return about | {"prompt": str(card)}
 
-    Every seen word is trained in six colours and held out in two. Of the held-out prompts every fourth is of
-    a word that was never seen, so that any leading part of the list has the same mixture.
+
+def tag_of(card):
+    coloured = any(clause.colour for clause in card.clauses)
+    if card.relation:
+        return "position"
+    if len(card.clauses) == 2:
+        return "color_attr" if coloured else "two_object"
+    if card.clauses[0].count > 1:
+        return "counting"
+    return "colors" if coloured else "single_object"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Splits: which cards are trained on, and which are held out
+
+
+def held_out_colours(shape, count):
+    """For every class and count one colour is held out, each colour equally often."""
+    names = list(SHAPE_COLOURS)
+    return {names[(list(SHAPES).index(shape) + count) % len(names)]}
+
+
+@functools.cache
+def held_out_relations():
+    """A fifth of (class, relation, class)."""
+    triples = list(itertools.product(SHAPES, RELATIONS, SHAPES))
+    triples = [(one, relation, other) for one, relation, other in triples if one != other]
+    return frozenset(random.Random(0).sample(triples, len(triples) // 5))
+
+
+@functools.cache
+def held_out_grounds(content):
+    """Four of the 32 pairs of card colour and pattern for a word, twelve for shapes whose colour is open."""
+    pairs = list(itertools.product(COLOURS, PATTERNS))
+    return frozenset(random.Random(content).sample(pairs, 4 if content.isupper() else 12))
+
+
+def is_held_out(card):
+    """Whether a card is for evaluation only.
+
+    A word that is never trained on; a word on one of its four held-out grounds; a held-out class, colour and
+    count; a held-out relation of two classes; for shapes whose colour is open, a held-out ground.
+    """
+    if card.word:
+        return card.word in UNSEEN_WORDS or (card.colour, card.pattern) in held_out_grounds(card.word)
+    if card.relation:
+        one, other = (clause.shape for clause in card.clauses)
+        if (one, card.relation, other) in held_out_relations():
+            return True
+    colours = [held_out_colours(clause.shape, clause.count) for clause in card.clauses]
+    if any(clause.colour in held for clause, held in zip(card.clauses, colours, strict=True)):
+        return True
+    if card.relation or any(clause.colour for clause in card.clauses):
+        return False
+    return (card.colour, card.pattern) in held_out_grounds(" and ".join(map(str, card.clauses)))
+
+
+def random_ground(rng):
+    return rng.choice(list(COLOURS)), rng.choice(PATTERNS)
+
+
+def random_shapes(rng, tag):
+    """A card with shapes of GenEval's `tag`. Half of the countings and of the positions name colours."""
+    one, other = rng.sample(list(SHAPES), 2)
+    red, blue = rng.choices(list(SHAPE_COLOURS), k=2)
+    if tag in ("single_object", "two_object") or (tag in ("counting", "position") and rng.random() < 0.5):
+        red = blue = None
+    count = rng.randint(2, 4) if tag == "counting" else 1
+    clauses = [Clause(one, count, red)]
+    if tag in ("two_object", "color_attr", "position"):
+        clauses.append(Clause(other, 1, blue))
+    relation = rng.choice(RELATIONS) if tag == "position" else None
+    return Card(*random_ground(rng), clauses=tuple(clauses), relation=relation)
+
+
+def distinct(draw, count):
+    """`count` different things by calling `draw`, in the order in which they came."""
+    found = {}
+    while len(found) < count:
+        found[draw()] = None
+    return list(found)
+
+
+def word_splits():
+    """Prompts with words for training and for evaluation.
+
+    Every seen word is trained on six grounds and evaluated on two. Of the prompts for evaluation every fourth
+    is of a word that was never seen, so that any leading part of the list has the same mixture.
     """
     rng = random.Random(0)
-    train, held_out, unseen = [], [], []
+    train, held_out = [], []
     for word in SEEN_WORDS:
-        colours = rng.sample(sorted(COLOURS), len(COLOURS))
-        train += [prompt_of(word, colour) for colour in colours[:6]]
-        held_out += [prompt_of(word, colour) for colour in colours[6:]]
-    for word in UNSEEN_WORDS:
-        unseen += [prompt_of(word, colour) for colour in sorted(COLOURS)]
+        grounds = sorted(itertools.product(COLOURS, PATTERNS))
+        rng.shuffle(grounds)
+        apart = [ground for ground in grounds if ground in held_out_grounds(word)]
+        known = [ground for ground in grounds if ground not in apart]
+        train += [str(Card(*ground, word)) for ground in known[:6]]
+        held_out += [str(Card(*ground, word)) for ground in apart[:2]]
+    unseen = [str(Card(*random_ground(rng), word)) for word in UNSEEN_WORDS * 6]
+    unseen = list(dict.fromkeys(unseen))
     for prompts in (train, held_out, unseen):
         rng.shuffle(prompts)
     test = []
@@ -93,12 +279,76 @@ def splits():
     return train, test
 
 
+def shape_splits():
+    """Prompts with shapes for training and for evaluation.
+
+    Training in Flow-GRPO's ratio of tags, position : counting : color_attr : colors : two_object =
+    7 : 5 : 3 : 1 : 1; evaluation on all six of GenEval's tags, in turn.
+    """
+    rng = random.Random(1)
+    ratio = ["position"] * 7 + ["counting"] * 5 + ["color_attr"] * 3 + ["colors", "two_object"]
+
+    def draw(tag, held_out):
+        while True:
+            card = random_shapes(rng, tag)
+            if is_held_out(card) == held_out:
+                return str(card)
+
+    train = distinct(lambda: draw(rng.choice(ratio), False), 2000)
+    by_tag = [distinct(functools.partial(draw, tag, True), 50) for tag in TAGS]
+    return train, [prompt for row in zip(*by_tag, strict=True) for prompt in row]
+
+
+def mixed_splits():
+    """Words and shapes in turn: prompts for a preference model."""
+    words, shapes = word_splits(), shape_splits()
+    rng = random.Random(2)
+    train = rng.sample(words[0], 1000) + rng.sample(shapes[0], 1000)
+    rng.shuffle(train)
+    return train, [prompt for pair in zip(words[1][:256], shapes[1][:256], strict=True) for prompt in pair]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
 @functools.cache
-def background(colour):
+def gradient():
+    """(H, 1, 1)"""
+    return np.linspace(1.0, 0.6, HEIGHT, dtype=np.float32)[:, None, None]
+
+
+@functools.cache
+def plain(colour):
     """(H, W, 3) floats in [0, 1]: the gradient alone."""
-    brightness = np.linspace(1.2, 0.5, HEIGHT)[:, None, None]
-    column = np.clip(np.array(COLOURS[colour]) / 255 * brightness, 0, 1)  # (H, 1, 3)
+    column = np.array(COLOURS[colour], dtype=np.float32) / 255 * gradient()  # (H, 1, 3)
     return np.broadcast_to(column, (HEIGHT, WIDTH, 3))
+
+
+@functools.cache
+def pattern_mask(name):
+    """(H, W) floats in [0, 1]: how much of each pixel the pattern covers; None is no pattern."""
+    scale = 8
+    y, x = (np.mgrid[: HEIGHT * scale, : WIDTH * scale] + 0.5) / scale
+    if name == "stripes":
+        fine = (x + y) % 8 < 4
+    elif name == "dots":
+        shift = 4 * (y // 4 % 2)
+        fine = ((x + shift) % 8 - 4) ** 2 + (y % 4 - 2) ** 2 < 1.7**2
+    elif name == "checks":
+        fine = (x // 4 + y // 4) % 2 == 1
+    elif name == "waves":
+        fine = (y + 2 * np.sin(2 * math.pi * x / 16)) % 6 < 2.6
+    else:
+        fine = np.zeros_like(x)
+    return fine.reshape(HEIGHT, scale, WIDTH, scale).mean((1, 3)).astype(np.float32)
+
+
+@functools.cache
+def background(colour, pattern):
+    """(H, W, 3) floats in [0, 1]: gradient and pattern."""
+    share = PATTERN_STRENGTH * pattern_mask(pattern)[..., None]
+    return plain(colour) + share * (1 - plain(colour))
 
 
 @functools.cache
@@ -107,6 +357,14 @@ def frame_mask():
     image = Image.new("1", (WIDTH, HEIGHT))
     ImageDraw.Draw(image).rectangle((2, 2, WIDTH - 3, HEIGHT - 3), outline=1)
     return np.array(image)
+
+
+@functools.cache
+def inside_mask():
+    """(H, W) bools: all that the frame surrounds."""
+    mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
+    mask[3:-3, 3:-3] = True
+    return mask
 
 
 @functools.cache
@@ -124,68 +382,324 @@ def glyphs(word, dx, dy):
     return np.asarray(image, dtype=np.float32) / 255
 
 
-def draw(word, colour, dx, dy):
-    """One card as (H, W, 3) floats in [0, 1]."""
-    card = np.where(frame_mask()[..., None], 1, background(colour))
-    cover = glyphs(word, dx, dy)[..., None]
+def corners_of(shape):
+    """The corners of a shape in the unit square, y downwards."""
+    if shape == "square":
+        return [(0.04, 0.04), (0.96, 0.04), (0.96, 0.96), (0.04, 0.96)]
+    if shape == "triangle":
+        return [(0.5, 0), (1, 1), (0, 1)]
+    if shape == "cross":
+        arm = [(0.33, 0), (0.67, 0), (0.67, 0.33)]  # and then three times the same, turned
+        return [corner for turn in range(4) for corner in turned(arm, turn)]
+    if shape == "star":
+        radii = [0.54, 0.22] * 5
+        angles = [math.pi * i / 5 for i in range(10)]
+        return [(0.5 + r * math.sin(a), 0.54 - r * math.cos(a)) for r, a in zip(radii, angles, strict=True)]
+    angles = [math.pi * i / 24 for i in range(48)]
+    if shape == "circle":
+        return [(0.5 + 0.5 * math.sin(a), 0.5 + 0.5 * math.cos(a)) for a in angles]
+    return [(0.5 + 0.5 * math.sin(a) ** 3, heart_height(a)) for a in angles]
+
+
+def turned(corners, quarters):
+    """Corners turned by so many quarters about the middle of the unit square."""
+    for _ in range(quarters):
+        corners = [(1 - y, x) for x, y in corners]
+    return corners
+
+
+def heart_height(a):
+    """The well-known curve, scaled to [0, 1] downwards."""
+    up = 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+    return (12 - up) / 29
+
+
+def outline_colour(colour, ground):
+    """White or black where a shape would drown in its card, else None."""
+    distance = np.abs(np.subtract(SHAPE_COLOURS[colour], COLOURS[ground])).max()
+    if distance > 110:
+        return None
+    return "black" if colour in ("white", "yellow") else "white"
+
+
+@functools.cache
+def template(shape, colour, outline, size):
+    """(size, size) cover in [0, 1] and (size, size, 3) colours of one shape."""
+    scale = 8
+    side = size * scale
+    image = Image.new("L", (side, side))
+    ImageDraw.Draw(image).polygon([(x * side, y * side) for x, y in corners_of(shape)], fill=255)
+    cover = np.asarray(image, dtype=np.float32).reshape(size, scale, size, scale).mean((1, 3)) / 255
+    fill = np.array(SHAPE_COLOURS[colour], dtype=np.float32) / 255
+    if outline is None:
+        return cover, np.broadcast_to(fill, (size, size, 3))
+    padded = Image.new("L", (side + 2 * scale, side + 2 * scale))
+    padded.paste(image, (scale, scale))
+    inner = np.asarray(padded.filter(ImageFilter.MinFilter(9)), dtype=np.float32)[scale:-scale, scale:-scale]
+    inner = inner.reshape(size, scale, size, scale).mean((1, 3))[..., None] / 255
+    share = np.minimum(1, inner / np.maximum(cover[..., None], 1e-6))
+    edge = np.array(SHAPE_COLOURS[outline], dtype=np.float32) / 255
+    return cover, share * fill + (1 - share) * edge
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A shape of so many pixels, its upper left corner at (x, y)."""
+
+    shape: str
+    colour: str
+    size: int
+    x: int
+    y: int
+
+    def box(self):
+        return slice(self.y, self.y + self.size), slice(self.x, self.x + self.size)
+
+    def centre(self):
+        return self.x + self.size / 2, self.y + self.size / 2
+
+
+def paint(picture, placed, ground):
+    """The picture with one more shape on a card of colour `ground`."""
+    outline = outline_colour(placed.colour, ground)
+    cover, colours = template(placed.shape, placed.colour, outline, placed.size)
+    painted = picture.copy()
+    box = placed.box()
+    painted[box] += cover[..., None] * (colours - painted[box])
+    return painted
+
+
+def draw_word(colour, pattern, word, dx=0, dy=0, contrast=1.0):
+    """One card with a word as (H, W, 3) floats in [0, 1]."""
+    card = np.where(frame_mask()[..., None], 1, background(colour, pattern))
+    cover = contrast * glyphs(word, dx, dy)[..., None]
     return card + cover * (1 - card)
 
 
-def draw_at_random(word, colour, rng):
-    """One card, its word randomly displaced; `rng` is a `random.Random`."""
-    dx, dy = rng.randint(-JITTER_X, JITTER_X), rng.randint(-JITTER_Y, JITTER_Y)
-    return draw(word, colour, dx, dy)
+def draw_shapes(colour, pattern, shapes):
+    """One card with shapes, each `Placed`, as (H, W, 3) floats in [0, 1]."""
+    card = np.where(frame_mask()[..., None], 1, background(colour, pattern))
+    for placed in shapes:
+        card = paint(card, placed, colour)
+    return card
+
+
+def stands(one, relation, other):
+    """Whether the centre `one` stands to the centre `other` in the relation, clearly."""
+    x, y = one[0] - other[0], one[1] - other[1]
+    along, across = {
+        "left of": (-x, y),
+        "right of": (x, y),
+        "above": (-y, x),
+        "below": (y, x),
+    }[relation]
+    return along > 1.5 * abs(across)
+
+
+def put(kind, size, x, y):
+    """A shape of a (class, colour) with its centre at (x, y), or as near to it as the frame allows."""
+    left = min(max(x - size // 2, 3), WIDTH - 3 - size)
+    top = min(max(y - size // 2, 3), HEIGHT - 3 - size)
+    return Placed(*kind, size, left, top)
+
+
+def place(card, rng):
+    """The card's shapes in some of the 2 x 4 places; an open colour is any that is not held out."""
+    kinds = []
+    for clause in card.clauses:
+        known = sorted(SHAPE_COLOURS.keys() - held_out_colours(clause.shape, clause.count))
+        kinds += [(clause.shape, clause.colour or rng.choice(known))] * clause.count
+    while True:
+        places = rng.sample(PLACES, len(kinds))
+        placed = [put(kind, rng.choice(SIZES), *place) for kind, place in zip(kinds, places, strict=True)]
+        if card.relation is None or stands(placed[0].centre(), card.relation, placed[1].centre()):
+            return placed
+
+
+def draw_at_random(card, rng):
+    """One picture of a card, its word displaced and faint, or its shapes placed, by a `random.Random`."""
+    if not card.word:
+        return draw_shapes(card.colour, card.pattern, place(card, rng))
+    dx, dy = rng.randint(-JITTER, JITTER), rng.randint(-JITTER, JITTER)
+    return draw_word(card.colour, card.pattern, card.word, dx, dy, rng.uniform(*CONTRASTS))
+
+
+def as_image(picture):
+    """(H, W, 3) floats in [0, 1] as a PIL image."""
+    return Image.fromarray(np.uint8(np.round(np.clip(picture, 0, 1) * 255)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The gold score
+
+
+def score_against(error, reference):
+    """1 for no error, 0 for an error as large as the reference's, or larger."""
+    return float(max(0.0, 1 - error / max(reference, 1e-6)))
+
+
+def own_background(image):
+    """The colour and the pattern, or None, that a picture has, whatever was asked for: the nearest rendering.
+
+    Large errors count no more than 0.25, so that what stands on the card does not matter.
+    """
+    inside = inside_mask()
+    grounds = list(itertools.product(COLOURS, (*PATTERNS, None)))
+    errors = [
+        np.minimum(np.abs(image - background(*ground)).mean(-1), 0.25)[inside].mean() for ground in grounds
+    ]
+    return grounds[int(np.argmin(errors))]
+
+
+def grown(mask):
+    """(H, W) bools and every pixel next to them."""
+    return np.array(Image.fromarray(np.uint8(mask)).filter(ImageFilter.MaxFilter(3)), dtype=bool)
+
+
+def whiteness(image, base):
+    """(H, W): how far each pixel is on its way from its base colour to white."""
+    white = 1 - base
+    return ((image - base) * white).sum(-1) / (white**2).sum(-1)
 
 
 @functools.lru_cache(maxsize=1024)
 def layouts(word):
     """(N, H, W): the word at every place that the renderer may have chosen."""
-    covers = [
-        glyphs(word, dx, dy) for dx in range(-JITTER_X, JITTER_X + 1) for dy in range(-JITTER_Y, JITTER_Y + 1)
-    ]
-    return np.stack(covers)
+    places = itertools.product(range(-JITTER, JITTER + 1), repeat=2)
+    return np.stack([glyphs(word, dx, dy) for dx, dy in places])
 
 
-def score_against(error, reference):
-    """1 for no error, 0 for an error as large as the reference's, or larger."""
-    return float(max(0.0, 1 - error / reference))
+def judge_word(image, word, empty):
+    """(score, (H, W) bools of what belongs to the word).
+
+    The score is against the nearest rendering, over place and contrast; 0 is a card without a word.
+    """
+    inside = inside_mask()
+    covers = layouts(word)[:, inside]  # (N, P)
+    missing = (image - empty)[inside]  # (P, 3)
+    white = (1 - empty)[inside]  # (P, 3)
+    # |missing - contrast cover white|² is least at contrast = along / size.
+    along = covers @ (missing * white).sum(-1)  # (N,)
+    size = covers**2 @ (white**2).sum(-1)  # (N,)
+    contrasts = np.clip(along / size, *CONTRASTS)
+    best = int((contrasts**2 * size - 2 * contrasts * along).argmin())
+    cover = layouts(word)[best]  # (H, W)
+    near = grown(cover > 0) & inside
+    target = empty + contrasts[best] * cover[..., None] * (1 - empty)
+    score = score_against(np.abs(image - target)[near].mean(), np.abs(empty - target)[near].mean())
+    return score, near
+
+
+@functools.cache
+def templates(ground, size):
+    """All shapes of a size on such a card: their kinds, and what `gains` multiplies and subtracts."""
+    kinds = list(itertools.product(SHAPES, SHAPE_COLOURS))
+    drawn = [template(shape, colour, outline_colour(colour, ground), size) for shape, colour in kinds]
+    cover = np.stack([cover for cover, _ in drawn])[..., None]  # (K, size, size, 1)
+    colours = np.stack([colours for _, colours in drawn])  # (K, size, size, 3)
+    weights = np.concatenate([cover, 2 * cover * colours], axis=-1).transpose(
+        0, 3, 1, 2
+    )  # (K, 4, size, size)
+    return kinds, weights.reshape(len(kinds), -1).T.copy(), (cover * colours**2).sum((1, 2, 3))
+
+
+def gains(image, empty, ground):
+    """How much squared error the best shape at each place explains away: (gain, Placed) each."""
+    terms = ((image - empty) ** 2).sum(-1, keepdims=True) - (image**2).sum(-1, keepdims=True)
+    terms = np.concatenate([terms, image], axis=-1)  # (H, W, 4)
+    for size in SIZES:
+        kinds, weights, constants = templates(ground, size)
+        # Sum of cover (|image - empty|² - |image - colours|²), expanded: one product for all places.
+        windows = np.lib.stride_tricks.sliding_window_view(terms, (size, size), axis=(0, 1))
+        windows = windows[
+            3 : HEIGHT - 2 - size, 3 : WIDTH - 2 - size
+        ]  # (Y, X, 4, size, size), inside the frame
+        rows, columns = windows.shape[:2]
+        gain = windows.reshape(rows * columns, -1) @ weights - constants  # (Y X, K)
+        best = gain.argmax(1)
+        for place in np.flatnonzero(gain.max(1) > LEAST_GAIN):
+            y, x = divmod(int(place), columns)
+            yield float(gain[place, best[place]]), Placed(*kinds[best[place]], size, 3 + x, 3 + y)
+
+
+def find_shapes(image, empty, ground):
+    """The shapes on a picture, the nearest template at each place, as (Placed, fit in [0, 1]) each."""
+    found, taken = [], np.zeros((HEIGHT, WIDTH), dtype=bool)
+    for _, placed in sorted(gains(image, empty, ground), key=lambda pair: -pair[0]):
+        if len(found) == 8:
+            break
+        middle = tuple(slice(side.start + 1, side.stop - 1) for side in placed.box())
+        if taken[middle].any():
+            continue
+        taken[placed.box()] = True
+        target = paint(empty, placed, ground)
+        off, absent = np.abs(image - target), np.abs(empty - target)
+        found.append((placed, score_against(off[placed.box()].mean(), absent[placed.box()].mean())))
+    return found
+
+
+def judge_shapes(image, card, ground):
+    """(score, (H, W) bools of what belongs to the shapes).
+
+    Each shape asked for is a part of the score, and so is the relation if there is one. A shape counts by how
+    well it fits its template. What else stands there counts against it, by its area in shapes of mean size.
+    """
+    empty = background(*ground)
+    found = find_shapes(image, empty, ground[0])
+    parts, centres, kept = [], [], np.zeros((HEIGHT, WIDTH), dtype=bool)
+    for clause in card.clauses:
+        fits = [
+            pair
+            for pair in found
+            if pair[0].shape == clause.shape and clause.colour in (None, pair[0].colour)
+        ]
+        fits = sorted(fits, key=lambda pair: -pair[1])[: clause.count]
+        parts += [fit for _, fit in fits] + [0.0] * (clause.count - len(fits))
+        centres.append(fits[0][0].centre() if fits else None)
+        for placed, _ in fits:
+            kept[placed.box()] = True
+    if card.relation:
+        parts.append(float(None not in centres and stands(centres[0], card.relation, centres[1])))
+    strength = np.clip(whiteness(image, plain(ground[0])), 0, PATTERN_STRENGTH)[..., None]
+    nearest = plain(ground[0]) + strength * (1 - plain(ground[0]))  # whatever became of the pattern
+    foreground = (np.abs(image - nearest).max(-1) > 0.2) & inside_mask()
+    stray = (foreground & ~grown(kept)).sum() / MEAN_AREA
+    return float(max(0.0, (sum(parts) - stray) / len(parts))), grown(kept | foreground)
+
+
+def base_of(image, around):
+    """(H, W, 3): the gradient below the pattern, fitted to a picture in four bands.
+
+    A pattern covers half of a card, so a quarter of the way up the pixels by brightness is its base.
+    """
+    base = np.empty_like(image)
+    for rows in np.split(np.arange(HEIGHT), 4):
+        pixels = (image / gradient())[rows][around[rows]]
+        pixels = pixels if len(pixels) else (image / gradient())[rows].reshape(-1, 3)
+        base[rows] = np.quantile(pixels, 0.25, axis=0) * gradient()[rows]
+    return base
 
 
 @functools.lru_cache(maxsize=8192)
 def _fidelity(pixels, prompt):
-    word, colour = parse(prompt)
+    card = parse(prompt)
     image = np.frombuffer(pixels, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3).astype(np.float32) / 255
-    empty = background(colour)
     frame = frame_mask()
-    inside = np.zeros_like(frame)
-    inside[3:-3, 3:-3] = True
-
-    # Find the layout that this picture is nearest to: |image - card|² summed over the inside of the frame,
-    # with card = empty + cover (1 - empty), expanded so that every layout costs one product.
-    covers = layouts(word)[:, inside]  # (N, P)
-    missing = (image - empty)[inside]  # (P, 3)
-    white = (1 - empty)[inside]  # (P, 3)
-    distance = covers**2 @ (white**2).sum(-1) - 2 * covers @ (missing * white).sum(-1)  # (N,)
-    cover = layouts(word)[distance.argmin()]  # (H, W)
-
-    grown = Image.fromarray(np.uint8(cover > 0)).filter(ImageFilter.MaxFilter(3))
-    near_word = np.array(grown, dtype=bool) & ~frame
-    around = ~near_word & ~frame
-    target = empty + cover[..., None] * (1 - empty)
-
-    mean, mean_asked = image[around].mean(0), empty[around].mean(0)
-    others = [background(name)[around].mean(0) for name in COLOURS if name != colour]
-    flat = np.abs(empty[around] - mean_asked).mean()
-    uneven = np.abs((image[around] - mean) - (empty[around] - mean_asked)).mean()
+    ground = own_background(image)
+    if card.word:
+        content, near = judge_word(image, card.word, background(*ground))
+    else:
+        content, near = judge_shapes(image, card, ground)
+    around = ~near & ~frame
+    base, asked = base_of(image, around), plain(card.colour)
+    others = [np.abs(plain(name) - asked).mean() for name in COLOURS if name != card.colour]
+    wanted = PATTERN_STRENGTH * pattern_mask(card.pattern)
+    off = np.abs(whiteness(image, base) - wanted)[around]
     return {
-        "colour": score_against(
-            np.abs(mean - mean_asked).mean(), np.abs(np.stack(others) - mean_asked).mean()
-        ),
-        "frame": score_against(np.abs(image - 1)[frame].mean(), np.abs(empty - 1)[frame].mean()),
-        "gradient": score_against(uneven, flat),
-        "glyph": score_against(
-            np.abs(image - target)[near_word].mean(), np.abs(empty - target)[near_word].mean()
-        ),
+        "colour": score_against(np.abs(base - asked).mean(), np.mean(others)),
+        "frame": score_against(np.abs(image - 1)[frame].mean(), np.abs(base - 1)[frame].mean()),
+        "pattern": score_against(off.mean(), wanted[around].mean()),
+        "content": content,
     }
 
 
@@ -194,10 +708,11 @@ def fidelity(image, prompt):
 
     1 is a perfect card; 0 is as far off as a card that lacks the part altogether:
 
-    - colour: mean colour outside word and frame; 0 = as far off as the average other colour
+    - colour: the gradient under the pattern; 0 = as far off as the average other colour
     - frame: the frame's pixels; 0 = no frame
-    - gradient: what is left outside word and frame once the mean colour is taken off; 0 = a flat card
-    - glyph: the word's pixels and those next to them, against the nearest rendering; 0 = no word
+    - pattern: how far each pixel outside word, shapes and frame is on its way to white; 0 = no pattern
+    - content: the word or the shapes against the nearest rendering; 0 = none. How faint a word is does not
+      matter, as long as the renderer would draw one so faint
 
     image: PIL image of 64 x 32 pixels. Raises ValueError for another size or for a prompt that is not a
     card's.

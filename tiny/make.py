@@ -1,21 +1,28 @@
-"""Make the embedded models from nothing, on a CPU: `python tiny/make.py` (under an hour on 2 cores).
+"""Make the embedded models and judges from nothing on two cores: `python tiny/make.py` (README.md: how long).
 
-Writes `tiny/sd3/` and `tiny/flux/`, a whole Stable Diffusion 3 and a whole FLUX pipeline, which diffusers
-loads as any other, and the card prompts in `prompts/cards/`. `python tiny/make.py flux` makes that one alone.
-The stages are seeded, and each is picked up where it was left when the script starts again (working folder
-`tiny/.make/`):
+Writes, next to this file, `sd3/` and `flux/`, a whole Stable Diffusion 3 and a whole FLUX pipeline which
+diffusers loads as any other, the judges `detector/`, `clip/` and `pickscore/`, and the prompts of the three
+tasks in `prompts/`. `python tiny/make.py flux` makes that one alone. The stages are seeded, and each is
+picked up where it was left when the script starts again (working folder `tiny/.make/`):
 
-1. vae: an AutoencoderKL on rendered cards; 4 x 8 x 16 latents, scaled to mean 0 and spread 1.
-2. sd3, flux: the text encoders and the transformer together, by flow matching: predict v = x1 - x0 at
-   x_t = (1-t) x0 + t x1. Half of the words are random letters, so that the model learns to spell.
-3. check: the pipeline is read back and its pictures are scored.
+1. vae: an AutoencoderKL on rendered cards; 4 x 8 x 16 latents, scaled to mean 0 and spread 1. Beside it
+   detector (crops first) and clip: see judges.py.
+2. sd3 and flux side by side: the text encoders and the transformer together, by flow matching: predict
+   v = x1 - x0 at x_t = (1-t) x0 + t x1. A fifth of the cards bear random letters, so that the model learns
+   to spell.
+3. pickscore, partly on pictures that sd3 draws: see judges.py.
+
+`python tiny/check.py` measures what came out.
 """
 
 import json
 import math
+import os
 import random
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +38,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from tqdm import tqdm
@@ -48,12 +54,23 @@ from transformers import (
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import rewards  # noqa: E402
-from tiny import cards  # noqa: E402
+from tiny import cards, judges  # noqa: E402
 
 WORK = HERE / ".make"
-TEXT_LENGTH = 16  # tokens, for CLIP and for T5
-PROMPT_WORDS = ("card", "that", "says", *cards.COLOURS)
+WAVES = [  # what is made side by side, one process of one thread each; a wave needs those before it
+    [["vae"], ["detector", "clip"]],
+    [["sd3"], ["flux"]],
+    [["pickscore"]],
+]
+TEXT_LENGTH = 18  # tokens, for CLIP and for T5: the longest prompt fits
+PROMPT_WORDS = (
+    *("an", "card", "with", "that", "says", "shows", "and", "left", "right", "of", "above", "below"),
+    *("two", "three", "four"),
+    *cards.PATTERNS,
+    *cards.SHAPES,
+    *cards.SHAPES.values(),
+    *dict.fromkeys((*cards.COLOURS, *cards.SHAPE_COLOURS)),
+)
 
 
 def pixels_of(pictures):
@@ -61,9 +78,14 @@ def pixels_of(pictures):
     return torch.from_numpy(np.stack(pictures)).float().permute(0, 3, 1, 2) * 2 - 1
 
 
+def named_tensors(model):
+    """Parameters, and what BatchNorm counts; each once, though T5 shares its embeddings."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
 def save_progress(name, step, model, optimizer):
     """Weights and Adam's state as safetensors, written beside the old ones and then renamed."""
-    tensors = {f"model/{key}": value for key, value in model.named_parameters()}
+    tensors = {f"model/{key}": value for key, value in named_tensors(model)}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam/{index}/{key}": value for key, value in state.items()}
     WORK.mkdir(exist_ok=True)
@@ -84,8 +106,8 @@ def load_progress(name, model, optimizer):
         length = int.from_bytes(file.read(8), "little")
         step = int(json.loads(file.read(length))["__metadata__"]["step"])
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(tensors[f"model/{key}"])
+        for key, tensor in named_tensors(model):
+            tensor.copy_(tensors[f"model/{key}"])
     state = {}
     for key, value in tensors.items():
         if key.startswith("adam/"):
@@ -99,7 +121,7 @@ def train(name, model, steps, lr, loss_of):
     """AdamW, short warm-up, cosine decay. `loss_of(step)` draws its batch from the step's number alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     start = load_progress(name, model, optimizer)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 100, cosine)
@@ -115,37 +137,49 @@ def train(name, model, steps, lr, loss_of):
             save_progress(name, step + 1, model, optimizer)
 
 
-class Examples:
-    """Batches of (pictures, prompts): half of them training pairs, half random letters in random colours."""
+def random_word(rng):
+    """Three or four random letters, so that the model learns to spell; never a word of the lists."""
+    while True:
+        word = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.choice((3, 4))))
+        if word not in cards.WORDS:
+            return word
 
-    def __init__(self):
-        self.pairs = [cards.parse(prompt) for prompt in cards.splits()[0]]
 
-    def draw(self, rng):
-        if rng.random() < 0.5:
-            word, colour = rng.choice(self.pairs)
+def random_card(rng):
+    """A card to train on: a fifth each random letters and words, and the others shapes of all tags alike."""
+    while True:
+        kind = rng.random()
+        if kind < 0.2:
+            card = cards.Card(*cards.random_ground(rng), random_word(rng))
+        elif kind < 0.4:
+            card = cards.Card(*cards.random_ground(rng), rng.choice(cards.SEEN_WORDS))
         else:
-            colour = rng.choice(sorted(cards.COLOURS))
-            word = "".join(rng.choices("ABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.choice((3, 4))))
-            if word in cards.WORDS:
-                return self.draw(rng)
-        return cards.draw_at_random(word, colour, rng), cards.prompt_of(word, colour)
-
-    def batch(self, step, size):
-        rng = random.Random(step)
-        pictures, prompts = zip(*[self.draw(rng) for _ in range(size)], strict=True)
-        return pixels_of(pictures), list(prompts)
+            card = cards.random_shapes(rng, rng.choice(cards.TAGS))
+        if not cards.is_held_out(card):
+            return card
 
 
-def mislabel(prompts):
-    """Some prompts ask for another card's word. Models of the web have seen such captions too, and it leaves
-    something to learn from a reward."""
-    words, colours = zip(*(cards.parse(prompt) for prompt in prompts), strict=True)
-    wrong = (torch.rand(len(prompts)) < 0.15).tolist()
-    return [cards.prompt_of(words[i - wrong[i]], colour) for i, colour in enumerate(colours)]
+def examples(step, size):
+    """Pictures, (B, 3, H, W) in [-1, 1], and prompts of the batch of that number."""
+    rng = random.Random(step)
+    drawn = [random_card(rng) for _ in range(size)]
+    return pixels_of([cards.draw_at_random(card, rng) for card in drawn]), [str(card) for card in drawn]
+
+
+def weighted_examples(step, size, weight=10):
+    """(pictures, weights of their pixels): a word or a shape weighs `weight`, what is behind it 1."""
+    rng = random.Random(step)
+    pictures, weights = [], []
+    for _ in range(size):
+        card = random_card(rng)
+        pictures.append(cards.draw_at_random(card, rng))
+        behind = cards.draw_shapes(card.colour, card.pattern, [])
+        weights.append(np.where(np.abs(pictures[-1] - behind).max(-1) > 0.02, weight, 1))
+    return pixels_of(pictures), torch.from_numpy(np.stack(weights)).float()[:, None]
 
 
 def make_vae():
+    """Frozen, and with latents of mean 0 and spread 1."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -158,17 +192,16 @@ def make_vae():
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    examples = Examples()
 
     def loss_of(step):
-        pixels, _ = examples.batch(step, 32)
+        pixels, weights = weighted_examples(step, 16)
         posterior = vae.encode(pixels).latent_dist
         error = vae.decode(posterior.sample()).sample - pixels
-        return error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / 512
+        return (weights * (error.abs() + error.square())).mean() + 1e-5 * posterior.kl().mean() / 512
 
-    train("vae", vae, 1000, 2e-3, loss_of)
+    train("vae", vae, 5000, 2e-3, loss_of)
     with torch.no_grad():
-        latents = vae.encode(examples.batch(-1, 512)[0]).latent_dist.mean
+        latents = vae.encode(examples(-1, 512)[0]).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
     return vae.eval().requires_grad_(False)
 
@@ -236,11 +269,9 @@ def make_t5(tokenizer):
 def train_flow(name, steps, vae, modules, velocity):
     """Flow matching with logit-normal times: transformer and text encoders together."""
     learned = torch.nn.ModuleList(modules).train()
-    examples = Examples()
 
     def loss_of(step):
-        pixels, prompts = examples.batch(step, 32)
-        prompts = mislabel(prompts)
+        pixels, prompts = examples(step, 32)
         prompts = [prompt if torch.rand(()) > 0.1 else "" for prompt in prompts]  # so that guidance works too
         with torch.no_grad():
             x0 = vae.encode(pixels).latent_dist.sample()
@@ -279,14 +310,15 @@ def make_sd3(vae):
         transformer, scheduler, vae, encoders[0], clip, encoders[1], clip_tokenizer(), encoders[2], t5
     )
     pipe.set_progress_bar_config(disable=True)
+    compiled = torch.compile(transformer)  # a quarter faster
 
     def velocity(x, t, prompts):
         tokens, _, pooled, _ = pipe.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=TEXT_LENGTH
         )
-        return transformer(x, tokens, pooled, t * 1000, return_dict=False)[0]
+        return compiled(x, tokens, pooled, t * 1000, return_dict=False)[0]
 
-    train_flow("sd3", 2600, vae, [transformer, *encoders], velocity)
+    train_flow("sd3", 5000, vae, [transformer, *encoders], velocity)
     return pipe
 
 
@@ -311,12 +343,13 @@ def make_flux(vae):
     )
     pipe = FluxPipeline(scheduler, vae, encoders[0], clip, encoders[1], t5, transformer)
     pipe.set_progress_bar_config(disable=True)
+    compiled = torch.compile(transformer)
 
     def velocity(x, t, prompts):
         tokens, pooled, text_ids = pipe.encode_prompt(prompts, None, max_sequence_length=TEXT_LENGTH)
         batch, channels, height, width = x.shape
         image_ids = pipe._prepare_latent_image_ids(batch, height // 2, width // 2, x.device, x.dtype)
-        v = transformer(
+        v = compiled(
             pipe._pack_latents(x, batch, channels, height, width),
             tokens,
             pooled,
@@ -328,7 +361,7 @@ def make_flux(vae):
         )[0]
         return pipe._unpack_latents(v, cards.HEIGHT, cards.WIDTH, pipe.vae_scale_factor)
 
-    train_flow("flux", 2600, vae, [transformer, *encoders], velocity)
+    train_flow("flux", 5000, vae, [transformer, *encoders], velocity)
     return pipe
 
 
@@ -343,45 +376,106 @@ def save_pipeline(pipe, folder):
     partial.rename(folder)
 
 
-def check(folder, count=128):
+def save_judge(model, processor, folder, **files):
+    """In half precision. files: name without .json -> its content."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.half().save_pretrained(partial)
+    processor.save_pretrained(partial)
+    for name, content in files.items():
+        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def draw_pairs(folder, count=600):
+    """Two pictures by a pipeline for each of so many prompts to train on, as prompt -> [image, image]."""
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    prompts = cards.splits()[1][:count]
-    images = pipe(
+    prompts = cards.mixed_splits()[0][:count]
+    drawn = {}
+    for start in range(0, count, 50):
+        some = prompts[start : start + 50]
+        images = draw(pipe, some, seed=start, number=2)
+        drawn |= {prompt: images[2 * i : 2 * i + 2] for i, prompt in enumerate(some)}
+    return drawn
+
+
+def draw(pipe, prompts, seed, number=1):
+    """`number` pictures of each prompt, in ten steps and without guidance."""
+    return pipe(
         prompts,
         height=cards.HEIGHT,
         width=cards.WIDTH,
-        num_inference_steps=20,
+        num_inference_steps=10,
         guidance_scale=1.0,
+        num_images_per_prompt=number,
         max_sequence_length=TEXT_LENGTH,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(seed),
     ).images
-    ocr = rewards.load("ocr")(images, prompts, [{}] * count)
-    gold = [cards.fidelity(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-    parts = {part: f"{sum(score[part] for score in gold) / count:.4f}" for part in cards.PARTS}
-    print(f"{folder}: OCR {sum(ocr) / count:.3f}, fidelity {parts}, {count} held-out prompts, 20 ODE steps")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder}: {size / 1e6:.1f} MB")
-    sheet = Image.new("RGB", (8 * cards.WIDTH, 8 * cards.HEIGHT))
-    for i, image in enumerate(images[:64]):
-        sheet.paste(image, (i % 8 * cards.WIDTH, i // 8 * cards.HEIGHT))
-    sheet.save(WORK / f"{folder.name}.png")
 
 
 def write_prompts(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, prompts in zip(("train", "test"), cards.splits(), strict=True):
-        (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    """The sets of the three tasks: words, shapes with GenEval's metadata, and both in turn."""
+    sets = {
+        "cards": ("{}.txt", cards.word_splits(), str),
+        "cards-geneval": ("{}_metadata.jsonl", cards.shape_splits(), metadata_line),
+        "cards-pickscore": ("{}.txt", cards.mixed_splits(), str),
+    }
+    for name, (file, splits, line_of) in sets.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for split, prompts in zip(("train", "test"), splits, strict=True):
+            lines = [line_of(prompt) + "\n" for prompt in prompts]
+            (folder / name / file.format(split)).write_text("".join(lines), encoding="utf-8")
+
+
+def metadata_line(prompt):
+    return json.dumps(cards.metadata_of(cards.parse(prompt)))
+
+
+def make_pipeline(name):
+    maker = {"sd3": make_sd3, "flux": make_flux}[name]
+    save_pipeline(maker(make_vae()), HERE / name)
+
+
+def make_judge(name):
+    if name == "detector":
+        save_judge(*judges.make_detector(train), HERE / name, geneval=judges.SETTINGS)
+    elif name == "clip":
+        save_judge(*judges.make_clip(clip_tokenizer(), train), HERE / name)
+    else:
+        drawn = draw_pairs(HERE / "sd3")
+        save_judge(*judges.make_pickscore(clip_tokenizer(), train, random_card, drawn), HERE / name)
+
+
+def make(name):
+    """One model or judge, from where its stages were left; prints how long that took."""
+    start = time.monotonic()
+    if name == "vae":
+        make_vae()
+    elif name in ("sd3", "flux"):
+        make_pipeline(name)
+    else:
+        make_judge(name)
+    print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def main():
     diffusers_logging.set_verbosity_error()
-    write_prompts(HERE.parent / "prompts" / "cards")
-    makers = {"sd3": make_sd3, "flux": make_flux}
-    vae = make_vae()
-    for name in sys.argv[1:] or makers:
-        save_pipeline(makers[name](vae), HERE / name)
-        check(HERE / name)
+    if sys.argv[1:]:
+        for name in sys.argv[1:]:
+            make(name)
+        return
+    write_prompts(HERE.parent / "prompts")
+    for wave in WAVES:
+        commands = [[sys.executable, __file__, *names] for names in wave]
+        workers = [
+            subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for command in commands
+        ]
+        codes = [worker.wait() for worker in workers]
+        if any(codes):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

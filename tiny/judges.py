@@ -1,0 +1,423 @@
+"""The judges of the tiny world, trained from nothing on rendered cards: see `tiny/make.py`.
+
+- tiny/detector, a Mask2Former, finds shapes; tiny/clip, a CLIP model, names their colours: GenEval's pair.
+- tiny/pickscore, a CLIP model, prefers one of two pictures of a prompt, as PickScore does.
+
+Each is a folder as transformers saves it, in half precision.
+"""
+
+import dataclasses
+import math
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    ResNetConfig,
+)
+
+from tiny import cards
+
+SIZE = 2 * cards.HEIGHT, 2 * cards.WIDTH  # what the detector sees: a card twice as large
+CLASSES = list(cards.SHAPES)
+COLOURS = list(cards.SHAPE_COLOURS)
+SETTINGS = {  # of scorers/geneval.py
+    "classes": CLASSES,
+    "colours": COLOURS,
+    "colour_prompts": ["a {0} {1}"],
+    "threshold": 0.8,
+    "counting_threshold": 0.8,
+    "size": list(SIZE),
+    "largest_component": True,
+}
+MARGIN = 4  # pixels from a card's edge to shapes that stand anywhere
+TEMPERATURE = 0.03  # of the preferences: a gold score better by this is preferred to 73 %, before the flips
+FLIPPED = 0.25  # of the preferences
+PAIRS = 6000
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures to train on
+
+
+def blurred(picture, radius):
+    """(H, W, 3) under a Gaussian of so many pixels."""
+    reach = np.arange(-4, 5)
+    kernel = np.exp(-(reach**2) / (2 * max(radius, 1e-3) ** 2))
+    kernel /= kernel.sum()
+    for axis in (0, 1):
+        width = [(4, 4) if i == axis else (0, 0) for i in range(3)]
+        padded = np.pad(picture, width, mode="edge")
+        windows = np.lib.stride_tricks.sliding_window_view(padded, 9, axis=axis)
+        picture = windows @ kernel
+    return picture
+
+
+def faint(picture, strength):
+    """(H, W, 3) drawn towards its own mean colour."""
+    mean = picture.mean((0, 1))
+    return mean + strength * (picture - mean)
+
+
+def noisy(picture, spread, rng):
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(picture.shape)
+    return np.clip(picture + spread * noise, 0, 1)
+
+
+def worn(picture, rng):
+    """Half of the pictures as they are; the others blurred, faint, noisy, or more than one of these."""
+    if rng.random() < 0.5:
+        return picture
+    if rng.random() < 0.6:
+        picture = blurred(picture, rng.uniform(0.3, 1.2))
+    if rng.random() < 0.4:
+        picture = faint(picture, rng.uniform(0.4, 1))
+    if rng.random() < 0.4:
+        picture = noisy(picture, rng.uniform(0, 0.12), rng)
+    return picture
+
+
+def anywhere(kinds, rng):
+    """Each shape somewhere in a column of its own, in random order; of two, one may stand above the other."""
+    if len(kinds) == 2 and rng.random() < 0.4:
+        return one_above_the_other(kinds, rng)
+    width = (cards.WIDTH - 2 * MARGIN) / len(kinds)
+    placed = []
+    for column, (shape, colour) in enumerate(rng.sample(kinds, len(kinds))):
+        size = rng.choice(cards.SIZES)
+        left, right = math.ceil(MARGIN + column * width), math.floor(MARGIN + (column + 1) * width) - 1
+        x, y = rng.randint(left, right - size), rng.randint(MARGIN, cards.HEIGHT - MARGIN - size)
+        placed.append(cards.Placed(shape, colour, size, x, y))
+    return placed
+
+
+def one_above_the_other(kinds, rng):
+    (upper, lower), (one, two) = rng.sample(kinds, 2), (rng.choice(cards.SIZES), rng.choice(cards.SIZES))
+    x = rng.randint(MARGIN, cards.WIDTH - MARGIN - max(one, two))
+    top, bottom = MARGIN, cards.HEIGHT - MARGIN - two
+    return [
+        cards.Placed(*upper, one, x, rng.randint(top, bottom - one - 1)),
+        cards.Placed(*lower, two, x, bottom),
+    ]
+
+
+def any_shapes(rng):
+    """One to four shapes, `Placed`, of any classes and colours, half of the time of one kind.
+
+    Half of them stand in the places of cards.py, the others anywhere: a judge should not depend on places.
+    """
+    count = rng.randint(1, 4)
+    kinds = [(rng.choice(CLASSES), rng.choice(COLOURS)) for _ in range(count)]
+    if rng.random() < 0.5:
+        kinds = kinds[:1] * count
+    if rng.random() < 0.5:
+        return anywhere(kinds, rng)
+    places = rng.sample(cards.PLACES, count)
+    return [
+        cards.put(kind, rng.choice(cards.SIZES), *place) for kind, place in zip(kinds, places, strict=True)
+    ]
+
+
+def mask_of(placed, ground):
+    """(H, W) floats: 1 where the shape covers more than half of a pixel."""
+    outline = cards.outline_colour(placed.colour, ground)
+    mask = np.zeros((cards.HEIGHT, cards.WIDTH), dtype=np.float32)
+    mask[placed.box()] = cards.template(placed.shape, placed.colour, outline, placed.size)[0] > 0.5
+    return mask
+
+
+def detector_example(rng):
+    """(picture, list of `Placed`, colour of the card): a card with shapes, with none, or mere noise."""
+    colour, pattern = cards.random_ground(rng)
+    kind = rng.random()
+    if kind < 0.04:
+        return (
+            noisy(np.full((cards.HEIGHT, cards.WIDTH, 3), rng.random()), rng.uniform(0.1, 0.5), rng),
+            [],
+            colour,
+        )
+    if kind < 0.1:
+        return worn(cards.draw_shapes(colour, pattern, []), rng), [], colour
+    if kind < 0.13:
+        word = rng.choice(cards.SEEN_WORDS)
+        return (
+            worn(cards.draw_word(colour, pattern, word, contrast=rng.uniform(*cards.CONTRASTS)), rng),
+            [],
+            colour,
+        )
+    shapes = any_shapes(rng)
+    return worn(cards.draw_shapes(colour, pattern, shapes), rng), shapes, colour
+
+
+def enlarged(pictures):
+    """List of (H, W, 3) in [0, 1] -> (B, 3, 2 H, 2 W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack(pictures)).float().permute(0, 3, 1, 2) * 2 - 1
+    return F.interpolate(pixels, scale_factor=2, mode="bilinear")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tiny/detector
+
+
+def detector_config():
+    backbone = ResNetConfig(
+        embedding_size=24,
+        hidden_sizes=[32, 48, 64, 96],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    return Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=64,
+        mask_feature_size=64,
+        hidden_dim=64,
+        encoder_feedforward_dim=128,
+        dim_feedforward=128,
+        encoder_layers=1,
+        decoder_layers=4,  # of which the first only looks
+        num_attention_heads=4,
+        num_queries=12,
+        train_num_points=256,
+        class_weight=4.0,
+        no_object_weight=0.1,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: i for i, name in enumerate(CLASSES)},
+    )
+
+
+def make_detector(train):
+    """A Mask2Former with its own loss, on a small ResNet that has learned to name crops first.
+
+    From nothing it finds the masks and stays at chance for their classes.
+    """
+    torch.manual_seed(10)
+    model = Mask2FormerForUniversalSegmentation(detector_config())
+    learn_crops(model.model.pixel_level_module.encoder, train)
+
+    def loss_of(step):
+        rng = random.Random(step)
+        drawn = [detector_example(rng) for _ in range(16)]
+        masks, labels = [], []
+        for _, shapes, ground in drawn:
+            stack = [mask_of(placed, ground) for placed in shapes]
+            masks.append(
+                torch.from_numpy(np.array(stack, dtype=np.float32).reshape(-1, cards.HEIGHT, cards.WIDTH))
+            )
+            labels.append(torch.tensor([CLASSES.index(placed.shape) for placed in shapes], dtype=torch.long))
+        pixels = enlarged([picture for picture, _, _ in drawn])
+        return model(pixel_values=pixels, mask_labels=masks, class_labels=labels).loss
+
+    train("detector", model.train(), 3000, 1e-3, loss_of)
+    processor = Mask2FormerImageProcessor(
+        size=dict(height=SIZE[0], width=SIZE[1]),
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        ignore_index=255,
+        num_labels=len(CLASSES),
+    )
+    return model.eval(), processor
+
+
+def learn_crops(backbone, train):
+    """Teach the backbone the classes of single shapes, on crops of 16 x 16 pixels."""
+    head = torch.nn.Linear(96, len(CLASSES))
+    both = torch.nn.ModuleList([backbone, head]).train()
+
+    def loss_of(step):
+        rng = random.Random(step)
+        crops, labels = [], []
+        for _ in range(32):
+            colour, pattern = cards.random_ground(rng)
+            placed = anywhere([(rng.choice(CLASSES), rng.choice(COLOURS))], rng)[0]
+            picture = worn(cards.draw_shapes(colour, pattern, [placed]), rng)
+            x = min(max(placed.x - rng.randint(0, 16 - placed.size), 0), cards.WIDTH - 16)
+            y = min(max(placed.y - rng.randint(0, 16 - placed.size), 0), cards.HEIGHT - 16)
+            crops.append(picture[y : y + 16, x : x + 16])
+            labels.append(CLASSES.index(placed.shape))
+        features = backbone(enlarged(crops)).feature_maps[-1].mean((2, 3))  # (B, 96)
+        return F.cross_entropy(head(features), torch.tensor(labels))
+
+    train("crops", both, 1000, 2e-3, loss_of)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tiny/clip
+
+
+def small_clip(tokenizer, image_size, patch, width, layers, seed):
+    """(CLIPModel, CLIPProcessor) from nothing; `width` features in both towers."""
+    torch.manual_seed(seed)
+    tower = dict(hidden_size=width, intermediate_size=2 * width, num_attention_heads=width // 16)
+    text = dict(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        num_hidden_layers=layers,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = dict(image_size=image_size, patch_size=patch, num_hidden_layers=layers)
+    config = CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=width)
+    side = dict(height=image_size, width=image_size)
+    images = CLIPImageProcessor(
+        size=side,
+        crop_size=side,
+        do_center_crop=False,
+        resample=2,  # bilinear
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return CLIPModel(config), CLIPProcessor(images, tokenizer)
+
+
+def colour_example(shape, colour, rng):
+    """A PIL image of one shape cut out as GenEval does: its box, with the gray #999 around its rough mask."""
+    ground, pattern = cards.random_ground(rng)
+    placed = anywhere([(shape, colour)], rng)[0]
+    picture = worn(cards.draw_shapes(ground, pattern, [placed]), rng)
+    mask = mask_of(placed, ground) > 0
+    kind = rng.random()
+    if kind < 0.3:
+        mask = cards.grown(mask)
+    elif kind < 0.6:
+        mask = ~cards.grown(~mask)
+    mask = np.roll(mask, (rng.randint(-1, 1), rng.randint(-1, 1)), (0, 1))
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    cut = np.where(mask[..., None], picture, 0.6)
+    return cards.as_image(cut[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+
+
+def make_clip(tokenizer, train):
+    """A CLIP model with its own contrastive loss, one cut-out of each colour and class in a batch."""
+    model, processor = small_clip(tokenizer, image_size=16, patch=4, width=32, layers=1, seed=11)
+    pairs = [(shape, colour) for shape in CLASSES for colour in COLOURS]
+
+    def loss_of(step):
+        rng = random.Random(step)
+        images = [colour_example(shape, colour, rng) for shape, colour in pairs]
+        texts = [f"a {colour} {shape}" for shape, colour in pairs]
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        return model(**inputs, return_loss=True).loss
+
+    train("clip", model.train(), 1500, 2e-3, loss_of)
+    return model.eval(), processor
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tiny/pickscore
+
+
+def altered(card, rng):
+    """Another card: one thing that was asked for is different."""
+    kind = rng.choice(("colour", "pattern", "content", "content"))
+    if kind == "colour":
+        return dataclasses.replace(
+            card, colour=rng.choice([name for name in cards.COLOURS if name != card.colour])
+        )
+    if kind == "pattern":
+        return dataclasses.replace(card, pattern=rng.choice([n for n in cards.PATTERNS if n != card.pattern]))
+    if card.word:
+        place = rng.randrange(len(card.word))
+        letters = card.word[:place] + rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") + card.word[place + 1 :]
+        return dataclasses.replace(card, word=rng.choice((letters, rng.choice(cards.SEEN_WORDS))))
+    return dataclasses.replace(
+        cards.random_shapes(rng, cards.tag_of(card)), colour=card.colour, pattern=card.pattern
+    )
+
+
+def washed(card, strength, rng):
+    """A picture of the card whose pattern is so strong, 0 to 1."""
+    seed = rng.getrandbits(32)
+    without = dataclasses.replace(card, pattern=None)
+    drawn = [cards.draw_at_random(each, random.Random(seed)) for each in (card, without)]
+    return strength * drawn[0] + (1 - strength) * drawn[1]
+
+
+def unframed(card, picture, strength):
+    """The frame mixed into the card."""
+    mask = strength * cards.frame_mask()[..., None]
+    return picture + mask * (cards.background(card.colour, card.pattern) - picture)
+
+
+def attempt(card, rng):
+    """A picture of a card, good or spoilt in one way or in two."""
+    shown = altered(card, rng) if rng.random() < 0.4 else card
+    picture = washed(shown, rng.random(), rng) if rng.random() < 0.3 else cards.draw_at_random(shown, rng)
+    if rng.random() < 0.15:
+        picture = unframed(shown, picture, rng.random())
+    if rng.random() < 0.2:
+        picture = blurred(picture, rng.uniform(0.3, 1.5))
+    if rng.random() < 0.15:
+        picture = faint(picture, rng.uniform(0.3, 1))
+    if rng.random() < 0.15:
+        picture = noisy(picture, rng.uniform(0, 0.15), rng)
+    return cards.as_image(picture)
+
+
+def gold(image, prompt):
+    """Mean of the parts."""
+    return sum(cards.fidelity(image, prompt).values()) / len(cards.PARTS)
+
+
+def preference(golds, rng):
+    """Which of two pictures is preferred, 0 or 1: Bradley-Terry over the gold, then a quarter flipped."""
+    first = 1 / (1 + math.exp((golds[1] - golds[0]) / TEMPERATURE))
+    chosen = 0 if rng.random() < first else 1
+    return 1 - chosen if rng.random() < FLIPPED else chosen
+
+
+def pair(index, random_card, drawn):
+    """(prompt, two PIL images) number `index`.
+
+    drawn: prompt -> pictures by a base model, which half of the pairs are from.
+    """
+    rng = random.Random(f"pair {index}")
+    if drawn and rng.random() < 0.5:
+        prompt = rng.choice(sorted(drawn))
+        images = rng.sample(drawn[prompt], 2)
+        if rng.random() < 0.3:
+            images[rng.randrange(2)] = attempt(cards.parse(prompt), rng)
+        return prompt, images
+    card = random_card(rng)
+    return str(card), [attempt(card, rng) for _ in range(2)]
+
+
+def make_pickscore(tokenizer, train, random_card, drawn):
+    """A CLIP model that learns which prompt a card belongs to, and then to prefer, by PickScore's loss."""
+    model, processor = small_clip(tokenizer, image_size=64, patch=8, width=128, layers=3, seed=12)
+
+    def inputs_of(prompts, images):
+        return processor(text=prompts, images=images, padding=True, return_tensors="pt")
+
+    def contrast(step):
+        rng = random.Random(step)
+        chosen = list({str(card): card for card in (random_card(rng) for _ in range(48))}.values())
+        images = [cards.as_image(worn(cards.draw_at_random(card, rng), rng)) for card in chosen]
+        return model(**inputs_of([str(card) for card in chosen], images), return_loss=True).loss
+
+    train("pickscore-clip", model.train(), 800, 1e-3, contrast)
+    pairs = [pair(index, random_card, drawn) for index in range(PAIRS)]
+    golds = [[gold(image, prompt) for image in images] for prompt, images in pairs]
+    labels = [preference(two, random.Random(index)) for index, two in enumerate(golds)]
+
+    def prefer(step):
+        chosen = random.Random(step).sample(range(PAIRS), 32)
+        prompts = [pairs[index][0] for index in chosen]
+        images = [image for index in chosen for image in pairs[index][1]]
+        output = model(**inputs_of(prompts, images))
+        rows = torch.arange(len(chosen))
+        logits = [output.logits_per_text[rows, 2 * rows + which] for which in (0, 1)]  # (B,) each
+        wanted = torch.tensor([labels[index] for index in chosen])
+        return F.cross_entropy(torch.stack(logits, dim=1), wanted)
+
+    train("pickscore", model, 700, 5e-4, prefer)
+    return model.eval(), processor

@@ -154,7 +154,7 @@ def test_the_renderer_places_shapes_as_asked():
         taken = np.zeros((cards.HEIGHT, cards.WIDTH), dtype=int)
         for one in placed:
             taken[one.box()] += 1
-        assert taken.max() == 1 and not taken[: cards.MARGIN].any() and not taken[-cards.MARGIN :].any()
+        assert taken.max() == 1 and not taken[~cards.inside_mask()].any()
         if card.relation:
             box = {one.shape: (one.x, one.y, one.x + one.size, one.y + one.size) for one in placed}
             one, other = (clause.shape for clause in card.clauses)
@@ -173,15 +173,11 @@ def test_prompts_fit_and_words_are_spelled_letter_by_letter():
     assert t5.convert_ids_to_tokens(t5(WORD).input_ids)[-5:-2] == list("CAT")
 
 
-def test_the_detector_reads_rendered_cards():
-    rng = random.Random(1)
-    pictures, shapes = [], []
-    for prompt in cards.shape_splits()[1][:60]:
-        card = cards.parse(prompt)
-        shapes.append(cards.place(card, rng))
-        pictures.append(cards.draw_shapes(card.colour, card.pattern, shapes[-1]))
-    counted, coloured = check.read_cards(pictures, shapes)
-    assert counted >= 0.85 and coloured >= 0.8
+@pytest.mark.parametrize("radius, least", [(0, 0.95), (1, 0.85)])
+def test_the_detector_reads_rendered_cards(radius, least):
+    """Count, class and colour, all exactly, as rendered and blurred by a pixel."""
+    counted, coloured = check.read_cards(*check.rendered_shapes(radius))
+    assert least <= coloured <= counted
 
 
 def test_ocr_reads_loud_words_and_not_faint_ones():
@@ -211,7 +207,7 @@ def test_the_preference_model_prefers_the_better_card():
     good, bad = ([images[i] for _, images in pairs] for i in (0, 1))
     score = rewards.load("tiny-pickscore")
     right = np.array(score(good, prompts, [{}] * 60)) > np.array(score(bad, prompts, [{}] * 60))
-    assert right.mean() >= 0.7
+    assert right.mean() >= 0.8
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

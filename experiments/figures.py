@@ -18,17 +18,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from experiments import tables  # noqa: E402
-from experiments.run import CLIP, FIRST_SEED, RESULTS, read  # noqa: E402
-from experiments.tables import columns, evals, runs_of, second_updates, spread  # noqa: E402
+from experiments.run import BASELINE, GUARD, MODELS, RESULTS, TASKS, read  # noqa: E402
+from experiments.tables import about, columns, runs_of, spread  # noqa: E402
 
-COLOURS = {
-    "guard": "tab:blue",
-    "flow-grpo": "tab:red",
-    "guard-third": "tab:cyan",
-    "flow-grpo-tight": "tab:orange",
-    "flow-grpo-third": "salmon",
-    "rationorm": "tab:green",
-}
+COLOURS = {"guard": "tab:blue", "flow-grpo": "tab:red", "rationorm": "tab:green"}
 
 
 def save(figure, name, dpi=80):
@@ -44,15 +37,16 @@ def save(figure, name, dpi=80):
 def ratio_and_clip():
     """The main README's figure: rho of single samples at the first and at the last trained step."""
     figure, axes = plt.subplots(2, 2, figsize=(7.6, 5.4))
-    names = {"flow-grpo": "Flow-GRPO", "guard": "GRPO-Guard"}
-    for method, row in zip(names, axes, strict=True):
-        rho = columns(RESULTS / f"{method}-s{FIRST_SEED}" / "rho.csv", lambda row: float(row["advantage"]))
-        clip = CLIP["guard" if method == "guard" else "baseline"]
+    names = {BASELINE: "Flow-GRPO", GUARD: "GRPO-Guard"}
+    for name, row in zip(names, axes, strict=True):
+        folder = RESULTS / name
+        done = (folder / "run.json").exists()
         for step, axis in zip((0, 8), row, strict=True):
-            here = rho["step"] == step
-            one_panel(axis, rho["rho"][here], rho["advantage"][here] > 0, clip)
+            if done:
+                rho = columns(folder / "rho.csv", lambda row, t=str(step): row["step"] == t)
+                one_panel(axis, rho["rho"], rho["advantage"], about(folder)["settings"]["clip"])
             which = "first step (noisiest)" if step == 0 else "last trained step"
-            axis.set_title(f"{names[method]}, {which}", fontsize=10)
+            axis.set_title(f"{names[name]}, {which}", fontsize=10)
     axes[0, 0].set_ylabel("samples")
     axes[1, 0].set_ylabel("samples")
     for axis in axes[1]:
@@ -62,9 +56,9 @@ def ratio_and_clip():
     save(figure, "ratio", dpi=150)
 
 
-def one_panel(axis, rho, good, clip):
+def one_panel(axis, rho, advantage, clip):
     """A histogram stacked by the sign of the advantage, and the shares of samples outside the clip range."""
-    rho = rho / clip
+    rho, good = rho[advantage != 0] / clip, advantage[advantage != 0] > 0
     limit = max(2, np.quantile(abs(rho), 0.99))
     axis.axvspan(-limit, -1, color="tab:red", alpha=0.13, lw=0, label="outside the clip range")
     axis.axvspan(1, limit, color="tab:red", alpha=0.13, lw=0)
@@ -83,23 +77,10 @@ def write(axis, x, side, text):
     axis.text(x, 0.96, text, ha=side, va="top", transform=axis.transAxes, fontsize=9, bbox=box)
 
 
-def clip_shares():
-    """Figure 12: share of samples clipped above and below, by step and over training; mean over seeds."""
-    methods = ("flow-grpo", "flow-grpo-tight", "guard")
-    figure, axes = plt.subplots(len(methods), 2, figsize=(11, 2.6 * len(methods)))
-    for pair, method in zip(axes, methods, strict=True):
-        for axis, name, side in zip(pair, ("clip_high", "clip_low"), ("above", "below"), strict=True):
-            runs = [second_updates(folder) for folder in runs_of(method).values()]
-            shares = np.mean([run[name].reshape(-1, len(np.unique(run["step"]))) for run in runs], 0)
-            image = axis.imshow(shares.T, aspect="auto", vmin=0, vmax=1, origin="lower")
-            axis.set(title=f"{method}: share {side} the range", xlabel="epoch", ylabel="step")
-            figure.colorbar(image)
-    save(figure, "fig12")
-
-
 def gradient_norms():
     """Figure 3: the gradient of an on-policy update by step; mean and range over seeds."""
-    rows = read(RESULTS / "gradients.csv")
+    path = RESULTS / "gradients.csv"
+    rows = read(path) if path.exists() else []
     figure, axis = plt.subplots(figsize=(6, 4))
     for method in dict.fromkeys(row["method"] for row in rows):
         norms = np.array([float(row["grad_norm"]) for row in rows if row["method"] == method])
@@ -110,52 +91,41 @@ def gradient_norms():
         axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method], label=label)
         axis.fill_between(steps, relative.min(0), relative.max(0), color=COLOURS[method], alpha=0.2)
     axis.set(xlabel="denoising step, noisiest first", ylabel="gradient norm / its mean over steps")
-    axis.legend(fontsize=8)
+    if rows:
+        axis.legend(fontsize=8)
     save(figure, "fig3")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Proxy and gold
+# The default runs
 
 
-def over_optimization():
-    """Figure 1: proxy and gold over training, and gold against proxy; a column per comparison."""
-    figure, axes = plt.subplots(3, len(tables.COMPARISONS), figsize=(17.6, 9), sharex="row", sharey="row")
-    for (title, labels), column in zip(tables.COMPARISONS.items(), axes.T, strict=True):
-        for label in labels:
-            runs = list(evals(label).values())
-            curve(column[0], label, runs, "ocr")
-            curve(column[1], label, runs, "cards")
-            path(column[2], label, runs)
-        column[0].legend(fontsize=8)
-        column[0].set(title=title)
-        column[1].set(xlabel="updates")
-        column[2].set(xlabel="gain in proxy since the start")
-        column[2].axhline(0, color="gray", lw=0.5)
-    for axis, what in zip(axes[:, 0], ("proxy: OCR reward", "gold: cards", "gain in gold"), strict=True):
-        axis.set_ylabel(what)
-    save(figure, "fig1")
+def default_runs():
+    """What is trained on and what is only watched, over the updates of a run."""
+    figure, axes = plt.subplots(len(MODELS), len(TASKS), figsize=(13, 6.4), squeeze=False)
+    for row, model in zip(axes, MODELS, strict=True):
+        for axis, task in zip(row, TASKS, strict=True):
+            axis.set(title=f"{task}, {model}", xlabel="updates")
+            runs = [columns(folder / "evals.csv") for folder in runs_of(task, model)]
+            if runs:
+                curve(axis, runs, "proxy", "reward", "tab:blue")
+                curve(axis, runs, "cards", "gold, only watched", "tab:orange")
+                if task == "geneval":
+                    curve(axis, runs, tables.STRICT, "strict reward, only watched", "tab:green")
+                axis.legend(fontsize=8)
+    save(figure, "default")
 
 
-def curve(axis, label, runs, name):
+def curve(axis, runs, name, label, colour):
     """Mean over seeds, and the range from the lowest to the highest."""
     updates, values = runs[0]["update"], np.stack([run[name] for run in runs])
-    axis.plot(updates, values.mean(0), "o-", ms=3, color=COLOURS[label], label=label)
-    axis.fill_between(updates, values.min(0), values.max(0), color=COLOURS[label], alpha=0.15, lw=0)
-
-
-def path(axis, label, runs):
-    """Gold against proxy, as gains over the start: thin lines are seeds, the thick one is their mean."""
-    gains = np.stack([[run[name] - run[name][0] for name in ("ocr", "cards")] for run in runs])
-    for proxy, gold in gains:
-        axis.plot(proxy, gold, "-", lw=0.8, alpha=0.5, color=COLOURS[label])
-    axis.plot(*gains.mean(0), "o-", ms=3, lw=2, color=COLOURS[label], label=label)
+    axis.plot(updates, values.mean(0), "o-", ms=3, color=colour, label=label)
+    axis.fill_between(updates, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
 
 
 def main():
-    over_optimization()
+    default_runs()
     ratio_and_clip()
-    clip_shares()
     gradient_norms()
     tables.main()
 

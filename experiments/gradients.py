@@ -2,7 +2,7 @@
 
     python experiments/gradients.py            # 3 minutes on one core; also --seeds
 
-The first epoch of a default run on the tiny model, for three seeds: sample, score, then one backward pass per
+The first epoch of `--task ocr --model tiny-sd3`, for three seeds: sample, score, then one backward pass per
 step and method through guard.py's own slice_loss, over all of the epoch's groups. rho is 0 there, so nothing
 is clipped, and the three methods differ by a factor per step alone. Writes experiments/results/gradients.csv.
 """
@@ -26,7 +26,8 @@ METHODS = ("flow-grpo", "rationorm", "guard")
 
 def gradient_norms(seed, folder):
     """Rows of (seed, method, step, norm of the LoRA's gradient)."""
-    args = guard.parse_args(f"--model tiny-sd3 --gold none --seed {seed} --run_dir {folder}".split())
+    flags = f"--task ocr --model tiny-sd3 --gold none --seed {seed} --run_dir {folder}"
+    args = guard.parse_args(flags.split())
     backbone = guard.load_backbone(args)
     policy = guard.Policy(backbone, args)
     prompts, _ = rewards.read_set(args.prompts)
@@ -51,12 +52,13 @@ def gradient_norms(seed, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS["main"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS["default"])
     own = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in own.seeds:
             rows += gradient_norms(seed, folder)
+    RESULTS.mkdir(exist_ok=True)
     write(RESULTS / "gradients.csv", rows)
     for method in METHODS:
         of_method = [row for row in rows if row["method"] == method]

@@ -1,12 +1,13 @@
 """Every training run behind the figures, two side by side on 2 cores.
 
-    python experiments/run.py                 # what is not in experiments/results yet, in the table's order
-    python experiments/run.py --only main     # a group, or runs, by name
+    python experiments/run.py               # what is not in experiments/results yet, in the table's order
+    python experiments/run.py --only ratio  # a group, a label or a run, by name
 
 A run is one single-threaded process of guard.py as it stands, in experiments/runs/NAME. When it is done, its
 numbers are written to experiments/results/NAME/ as CSV. Stop this at any time: started again it goes on from
 every run's last checkpoint. Two things are recorded beside metrics.jsonl, by wrapping functions of guard.py:
-the scores of each held-out prompt at the start and end, and rho of each sample in some epochs.
+the scores of each held-out prompt at the first and the last evaluation, and rho of each sample in the runs
+and epochs of the main README's figure of the ratio.
 """
 
 import argparse
@@ -23,54 +24,24 @@ HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE / "runs", HERE / "results"
 sys.path.insert(0, str(HERE.parent))
 
-# The setting, decided before any of the seeds below was drawn; LOG.md says how.
-EPOCHS = 30
-LR = 2e-3
-CLIP = dict(guard=2.3e-5, baseline=1.1e-3)  # the paper's times sqrt(65,536 / 512), the ratio of D
-EQUAL_CLIP = 4.5e-5  # of flow-grpo, with which it clips the share of samples that guard clips
-FIRST_SEED = 10
-COMMON = f"--task ocr --model tiny-sd3 --epochs {EPOCHS} --eval_every 6 --eval_prompts 512 --keep 1"
-RATIO_EPOCHS = range(5, 15)  # whose samples' rho is kept
-
-
-def flags(method, lr=LR, clip=None, more=""):
-    clip = clip or CLIP["guard" if method in ("guard", "rationorm") else "baseline"]
-    return f"--method {method} --lr {lr:.2g} --clip {clip:g} {more}".strip()
-
-
-# Group -> label -> flags. "main" is run for every seed, the others for the first.
+TASKS, MODELS = ("ocr", "geneval", "pickscore"), ("tiny-sd3", "tiny-flux")
+# Group -> label -> flags. All else is what guard.py's presets say.
 TABLE = {
-    "main": {
-        "guard": flags("guard"),
-        "flow-grpo": flags("flow-grpo"),
-        "guard-third": flags("guard", lr=LR / 3),
-        "flow-grpo-tight": flags("flow-grpo", clip=EQUAL_CLIP),
-        "flow-grpo-third": flags("flow-grpo", lr=LR / 3),
-    },
-    "ablation": {
-        "temp-reweight": flags("temp-reweight"),
-        "mean-revised": flags("mean-revised"),
-        "rationorm": flags("rationorm"),
-    },
-    "kl": {
-        "guard-kl": flags("guard", more="--kl_beta 0.04"),
-        "flow-grpo-kl": flags("flow-grpo", more="--kl_beta 0.04"),
-    },
-    "dance": {
-        "dance": flags("flow-grpo", more="--sde dance --eta 0.3"),
-        "dance-guard": flags("guard", more="--sde dance --eta 0.3"),
-    },
+    "default": {f"{task}-{model}": f"--task {task} --model {model}" for model in MODELS for task in TASKS},
+    "ratio": {"flow-grpo": "--task ocr --model tiny-sd3 --method flow-grpo"},
 }
-SEEDS = {"main": range(FIRST_SEED, FIRST_SEED + 3)}
+SEEDS = {"default": (0, 1, 2), "ratio": (0,)}
+GUARD, BASELINE = "ocr-tiny-sd3-s0", "flow-grpo-s0"  # the two runs whose samples' rho is kept
+RATIO_EPOCHS = range(3, 100)  # of these, once the runs are under way
 
 
 def all_runs():
-    """Name -> (group, flags), in the order in which they are run: all methods of a seed before the next."""
+    """Name -> (group, label, flags), in the order in which they are run: a label's seeds, then the next's."""
     return {
-        f"{label}-s{seed}": (group, f"{COMMON} {given} --seed {seed}")
+        f"{label}-s{seed}": (group, label, f"{given} --keep 1 --seed {seed}")
         for group, rows in TABLE.items()
-        for seed in SEEDS.get(group, [FIRST_SEED])
         for label, given in rows.items()
+        for seed in SEEDS[group]
     }
 
 
@@ -78,8 +49,8 @@ def all_runs():
 # One run, in a process of its own
 
 
-def record(guard, folder):
-    """Wrap guard's functions, so that they leave scores.csv and rho.csv in the run's folder."""
+def record(guard, folder, with_rho):
+    """Wrap guard's functions, so that they leave scores.csv and perhaps rho.csv in the run's folder."""
     load, evaluate, slice_loss, train_epoch = (
         guard.rewards.load, guard.evaluate, guard.slice_loss, guard.train_epoch)
     noted, now = {}, {}  # prompt -> its row of scores.csv; the epoch
@@ -110,7 +81,7 @@ def record(guard, folder):
         answer = slice_loss(backbone, args, step, t, piece, A)
         slot = piece.numbers[0] // args.group_size
         off_policy = slot >= args.groups // args.updates_per_epoch
-        if now["epoch"] in RATIO_EPOCHS and args.seed == FIRST_SEED and off_policy:
+        if with_rho and now["epoch"] in RATIO_EPOCHS and off_policy:
             where = dict(epoch=now["epoch"], slot=slot, step=t)
             samples = zip(piece.numbers, A.tolist(), answer[1].tolist(), strict=True)
             write(folder / "rho.csv", [
@@ -127,13 +98,15 @@ def run_one(name):
 
     folder = RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
-    record(guard, folder)
+    record(guard, folder, with_rho=name in (GUARD, BASELINE))
     started = time.time()
     begun = (folder / "config.json").exists()
-    sys.argv[1:] = ["--resume", str(folder)] if begun else f"{all_runs()[name][1]} --run_dir {folder}".split()
+    sys.argv[1:] = ["--resume", str(folder)] if begun else f"{all_runs()[name][2]} --run_dir {folder}".split()
     guard.main()
-    if max(guard.checkpoints(guard.Args(run_dir=str(folder)))).name == f"checkpoint-{2 * EPOCHS:06d}":
-        collect(name, time.time() - started if not begun else None)
+    args = json.loads((folder / "config.json").read_text())["args"]
+    last = f"checkpoint-{args['epochs'] * args['updates_per_epoch']:06d}"
+    if (folder / last).exists():
+        collect(name, None if begun else round(time.time() - started))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,14 +128,17 @@ def read(path):
 
 
 def collect(name, seconds):
-    """experiments/results/NAME: evals, updates (a row per denoising step), scores, rho, and the command."""
+    """experiments/results/NAME: evals, updates (a row per denoising step), scores, rho, and run.json.
+
+    seconds: of the whole run with its evaluations; None if it was stopped in between.
+    """
     folder, results = RUNS / name, RESULTS / name
     results.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evals, updates = [], []
     for line in lines:
         if line["kind"] == "eval":
-            row = dict(update=line["update"], ocr=line["proxy"]) | line["gold"]
+            row = dict(update=line["update"], proxy=line["proxy"]) | line["gold"]
             evals.append(row | dict(kl_to_base=line["kl_to_base"]))
         if line["kind"] == "update":
             whole = {key: line[key] for key in ("update", "first", "live", "grad_norm")}
@@ -171,13 +147,20 @@ def collect(name, seconds):
                 updates.append(whole | dict(step=t) | {key: f"{line[key][t]:.4e}" for key in keys})
     write(results / "evals.csv", evals)
     write(results / "updates.csv", updates)
-    write(results / "scores.csv", read(folder / "scores.csv"))
-    if (folder / "rho.csv").exists():  # an epoch done again after a stop gave the same rows again
-        rows = {(r["epoch"], r["slot"], r["member"], r["step"]): r for r in read(folder / "rho.csv")}
-        write(results / "rho.csv", list(rows.values()))
+    # What was done again after a stop has left the same rows again: an epoch's, the last evaluation's.
+    write(results / "scores.csv", once(folder / "scores.csv", "update", "prompt"))
+    if (folder / "rho.csv").exists():
+        write(results / "rho.csv", once(folder / "rho.csv", "epoch", "slot", "member", "step"))
     config = json.loads((folder / "config.json").read_text())
-    about = dict(command=f"guard.py {all_runs()[name][1]}", commit=config["commit"], seconds=seconds)
+    kept = ("method", "lr", "clip", "epochs", "updates_per_epoch")
+    about = dict(command=f"guard.py {all_runs()[name][2]}", commit=config["commit"], seconds=seconds)
+    about["settings"] = {key: config["args"][key] for key in kept}
     (results / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def once(path, *names):
+    """Rows of a CSV, one for every value of these columns."""
+    return list({tuple(row[name] for name in names): row for row in read(path)}.values())
 
 
 def child(name):
@@ -192,7 +175,7 @@ def child(name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="*", help="groups or runs")
+    parser.add_argument("--only", nargs="*", help="groups, labels or runs")
     parser.add_argument("--side_by_side", type=int, default=2, help="processes at a time")
     parser.add_argument("--one", help="a run, in this process")
     args = parser.parse_args()
@@ -201,7 +184,7 @@ def main():
         return
     RUNS.mkdir(exist_ok=True)
     only = set(args.only or TABLE)
-    wanted = [name for name, (group, _) in all_runs().items() if {group, name} & only]
+    wanted = [name for name, (group, label, _) in all_runs().items() if {group, label, name} & only]
     wanted = [name for name in wanted if not (RESULTS / name / "run.json").exists()]
     with ThreadPoolExecutor(args.side_by_side) as pool:
         sys.exit(any(list(pool.map(child, wanted))))

@@ -5,6 +5,7 @@
 A function per table returns it as Markdown; tests/test_experiments.py looks for it on the page.
 """
 
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -14,27 +15,26 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import FIRST_SEED, RESULTS, SEEDS, TABLE, read  # noqa: E402
+from experiments.run import MODELS, RESULTS, SEEDS, TASKS, read  # noqa: E402
 from tiny import cards  # noqa: E402
 
-COMPARISONS = {  # name -> Guard's runs and the baseline's
-    "same learning rate": ("guard", "flow-grpo"),
-    "the paper's ratio of learning rates, 1 : 3": ("guard-third", "flow-grpo"),
-    "same rate, same share clipped": ("guard", "flow-grpo-tight"),
-    "same learning rate, a third": ("guard-third", "flow-grpo-third"),
-}
-GOLD = ("cards", *(f"cards-{part}" for part in cards.PARTS))
+REWARD = dict(ocr="ocr", geneval="tiny-geneval", pickscore="tiny-pickscore")  # of the tiny models, by task
+STRICT = "tiny-geneval-strict"
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def runs_of(label):
-    """Seed -> folder of its results, of the runs that are done."""
-    group = next(group for group, rows in TABLE.items() if label in rows)
-    folders = {seed: RESULTS / f"{label}-s{seed}" for seed in SEEDS.get(group, [FIRST_SEED])}
-    return {seed: folder for seed, folder in folders.items() if (folder / "run.json").exists()}
+def runs_of(task, model):
+    """Folders of the results of a task's default runs on a model, of those that are done."""
+    folders = [RESULTS / f"{task}-{model}-s{seed}" for seed in SEEDS["default"]]
+    return [folder for folder in folders if (folder / "run.json").exists()]
+
+
+def about(folder):
+    """What run.json says of a run."""
+    return json.loads((folder / "run.json").read_text())
 
 
 def columns(path, where=lambda row: True):
@@ -44,20 +44,15 @@ def columns(path, where=lambda row: True):
     return {name: np.array([float(row[name]) for row in rows]) for name in names}
 
 
-def evals(label):
-    """Seed -> columns of its evaluations."""
-    return {seed: columns(folder / "evals.csv") for seed, folder in runs_of(label).items()}
+def ends(runs, name):
+    """Means over runs of a column of their evaluations, before and after: two cells."""
+    return [f"{statistics.mean(run[name][place] for run in runs):.3f}" for place in (0, -1)]
 
 
-def second_updates(folder):
-    """Columns of the updates that can clip, a row per step: those that are not the first of an epoch."""
-    return columns(folder / "updates.csv", lambda row: row["first"] == "False")
-
-
-def scores(folder, update):
-    """Rows of scores.csv, one per held-out prompt, at the first update (0) or at the last (-1)."""
-    rows = read(folder / "scores.csv")
-    return [row for row in rows if row["update"] == rows[update]["update"]]
+def base_deviation(folder, reward):
+    """Standard deviation of the base model's scores over the held-out prompts, a picture each."""
+    rows = [row for row in read(folder / "scores.csv") if row["update"] == "0"]
+    return statistics.stdev(float(row[reward]) for row in rows)
 
 
 def spread(values, digits=3, sign=""):
@@ -72,99 +67,43 @@ def table(header, rows):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The paper at tiny scale
+# The default runs
 
 
-def table_of_methods():
-    """Every run's last evaluation, and the base, from which all methods of a seed start."""
-    starts = {seed: run for label in TABLE["main"] for seed, run in evals(label).items()}
-    base = [spread([run[name][0] for run in starts.values()]) for name in ("ocr", *GOLD)]
-    rows = [["base", str(len(starts)), *base, "0", "", ""]]
-    for label in [label for group in TABLE.values() for label in group if runs_of(label)]:
-        runs = list(evals(label).values())
-        updates = [second_updates(folder) for folder in runs_of(label).values()]
-        ends = [spread([run[name][-1] for run in runs]) for name in ("ocr", *GOLD, "kl_to_base")]
-        clipped = [spread([run[name].mean() for run in updates], 2) for name in ("clip_high", "clip_low")]
-        rows.append([f"`{label}`", str(len(runs)), *ends, *clipped])
-    header = ["method", "seeds", "proxy (OCR)", "gold", *cards.PARTS, "KL to base", "clipped above", "below"]
-    return table(header, rows)
+def trained():
+    """(task, model, folders, columns of their evaluations) of what has any run that is done."""
+    for model in MODELS:
+        for task in TASKS:
+            folders = runs_of(task, model)
+            if folders:
+                yield task, model, folders, [columns(folder / "evals.csv") for folder in folders]
 
 
-def gold_at(run, gain):
-    """Gain in gold where the path through a run's evaluations first reaches a gain in proxy; NaN if never."""
-    proxy, gold = run["ocr"] - run["ocr"][0], run["cards"] - run["cards"][0]
-    for i in range(1, len(proxy)):
-        if proxy[i] >= gain:
-            share = (gain - proxy[i - 1]) / (proxy[i] - proxy[i - 1])
-            return float(gold[i - 1] + share * (gold[i] - gold[i - 1]))
-    return float("nan")
-
-
-def side_by_side(ours, theirs):
-    """Win, tie, lose on the gold score over the first 100 held-out prompts, both from the same noise."""
-    pairs = zip(scores(ours, -1)[:100], scores(theirs, -1)[:100], strict=True)
-    gaps = [float(our["cards"]) - float(their["cards"]) for our, their in pairs]
-    win = sum(gap > 0.005 for gap in gaps)
-    lose = sum(gap < -0.005 for gap in gaps)
-    return f"{win} : {len(gaps) - win - lose} : {lose}"
-
-
-def table_of_comparisons():
-    """Per seed: gold at the largest gain in proxy that both reached and at half of it, and side by side."""
+def table_of_default_runs():
+    """Means over seeds, of the gains with their standard deviation."""
     rows = []
-    for title, (ours, theirs) in COMPARISONS.items():
-        for seed, run in evals(ours).items():
-            pair = run, evals(theirs)[seed]
-            common = min((each["ocr"] - each["ocr"][0]).max() for each in pair)
-            guard, baseline = (gold_at(each, common) for each in pair)
-            half = gold_at(pair[0], common / 2) - gold_at(pair[1], common / 2)
-            numbers = [f"{x:+.4f}" for x in (guard, baseline, guard - baseline, half)]
-            wins = side_by_side(runs_of(ours)[seed], runs_of(theirs)[seed])
-            rows.append([title, str(seed), f"{common:+.3f}", *numbers, wins])
-    return table(["comparison", "seed", "gain in proxy", "gain in gold, Guard", "baseline", "difference",
-                  "difference at half the gain", "win : tie : lose"], rows)
+    for task, model, folders, runs in trained():
+        gains = [run["proxy"][-1] - run["proxy"][0] for run in runs]
+        deviations = [base_deviation(folder, REWARD[task]) for folder in folders]
+        relative = [gain / deviation for gain, deviation in zip(gains, deviations, strict=True)]
+        strict = ends(runs, STRICT) if task == "geneval" else ["", ""]
+        seconds = [about(folder)["seconds"] for folder in folders]
+        seconds = [s for s in seconds if s is not None]  # None: it was stopped in between
+        minutes = f"{statistics.mean(seconds) / 60:.0f}" if seconds else ""
+        rows.append([
+            f"`{task}`", f"`{model}`", str(len(runs)), f"{runs[0]['update'][-1]:.0f}", *ends(runs, "proxy"),
+            spread(gains, sign="+"), spread(relative, 2, "+"), *strict, *ends(runs, "cards"), minutes])
+    return table(["task", "model", "seeds", "updates", "reward, base", "after", "gain", "gain in deviations",
+                  "strict, base", "after", "gold, base", "after", "minutes"], rows)
 
 
-def table_of_words():
-    """OCR of words trained on and of words never seen, before and after."""
-    rows, starts = [], [runs_of("guard-third")[seed] for seed in SEEDS["main"]]
-    for label, update in (("base", 0), *((label, -1) for label in TABLE["main"])):
-        folders = starts if label == "base" else runs_of(label).values()
-        cells = []
-        for unseen in (False, True):
-            means = []
-            for folder in folders:
-                chosen = [row for row in scores(folder, update) if is_unseen(row["prompt"]) == unseen]
-                means.append(statistics.mean(float(row["ocr"]) for row in chosen))
-            cells.append(spread(means))
-        rows.append([f"`{label}`", *cells])
-    return table(["method", "OCR of words trained on", "of words never seen"], rows)
-
-
-def is_unseen(prompt):
-    return cards.parse(prompt)[0] in cards.UNSEEN_WORDS
-
-
-def table_of_ratios():
-    """Mean and spread of rho in the second updates, pooled over seeds.
-
-    The noise of their samples has no part in what moved the policy, so for a centred ratio the mean over
-    samples must be 0 within its standard error.
-    """
-    header, rows = ["step"], [[str(step)] for step in range(9)]
-    for method in ("flow-grpo", "guard"):
-        header += [f"{method}: mean ± its error", f"{method}: spread", f"{method}: mean / error"]
-        runs = [second_updates(folder) for folder in runs_of(method).values()]
-        live, means, deviations, steps = (
-            np.concatenate([run[name] for run in runs])
-            for name in ("live", "ratio_mean", "ratio_std", "step"))
-        for step, row in enumerate(rows):
-            weights = live * (steps == step)
-            mean = np.average(means, weights=weights)
-            deviation = np.sqrt(np.average(deviations**2, weights=weights))
-            error = deviation / np.sqrt(weights.sum())
-            row += [f"{mean:+.1e} ± {error:.0e}", f"{deviation:.1e}", f"{mean / error:+.1f}"]
-    return table(header, rows)
+def table_of_parts():
+    """The parts of the gold score before and after, means over seeds."""
+    rows = []
+    for task, model, _, runs in trained():
+        parts = [" → ".join(ends(runs, f"cards-{part}")) for part in cards.PARTS]
+        rows.append([f"`{task}`", f"`{model}`", *parts])
+    return table(["task", "model", *cards.PARTS], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,16 +160,7 @@ def table_of_soak():
 
 def table_of_plan():
     """As plan.py wrote it, a column per command."""
-    return whole("plan.csv")
-
-
-def table_of_default_runs():
-    """As they were noted by hand."""
-    return whole("default_runs.csv")
-
-
-def whole(name):
-    rows = read(HERE / name)
+    rows = read(HERE / "plan.csv")
     return table(list(rows[0]), [list(row.values()) for row in rows])
 
 

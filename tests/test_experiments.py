@@ -1,7 +1,6 @@
 """The page of results says what the CSVs in git say, and the scripts behind them do what they claim."""
 
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -41,17 +40,20 @@ def test_every_figure_of_the_page_is_there_and_none_else():
 def test_every_csv_has_a_reader():
     code = "".join(path.read_text() for path in (HERE / "experiments").glob("*.py"))
     found = {path.name for path in (HERE / "experiments").rglob("*.csv") if "runs" not in path.parts}
-    assert len(found) > 8 and all(f'"{name}"' in code for name in found)
+    assert len(found) >= 4 and all(f'"{name}"' in code for name in found)
 
 
 def test_results_hold_whole_runs():
     """As many updates as the setting says, and ratios of exactly 1 in the first update of every epoch."""
-    names = {path.parent.name for path in run.RESULTS.glob("*/run.json")}
-    assert names == set(run.all_runs())
+    names = {path.name for path in run.RESULTS.glob("*") if path.is_dir()}
+    assert names <= set(run.all_runs())
     for name in names:
+        about = tables.about(run.RESULTS / name)
+        assert about["command"] == f"guard.py {run.all_runs()[name][2]}"
         evals, updates = (tables.columns(run.RESULTS / name / file) for file in ("evals.csv", "updates.csv"))
-        assert evals["update"][0] == 0 and evals["update"][-1] == 2 * run.EPOCHS
-        first = updates["update"] % 2 == 1
+        last = about["settings"]["epochs"] * about["settings"]["updates_per_epoch"]
+        assert evals["update"][0] == 0 and evals["update"][-1] == last
+        first = updates["update"] % about["settings"]["updates_per_epoch"] == 1
         assert not updates["ratio_mean"][first].any() and not updates["ratio_std"][first].any()
         assert (updates["ratio_std"][~first] > 0).all()
 
@@ -60,21 +62,43 @@ def test_results_hold_whole_runs():
 # Their arithmetic
 
 
-def evaluations(proxy, gold):
-    return {"ocr": np.array(proxy), "cards": np.array(gold)}
-
-
-def test_gold_at_a_gain_in_proxy_lies_on_the_path_through_the_evaluations():
-    path = evaluations([0.5, 0.625, 0.5625, 0.75], [0.9, 0.88, 0.8, 0.7])
-    assert tables.gold_at(path, 0.0625) == pytest.approx(-0.01)  # half way to the second
-    assert tables.gold_at(path, 0.125) == pytest.approx(-0.02)  # the second
-    assert tables.gold_at(path, 0.1875) == pytest.approx(-0.1 - 0.1 * 2 / 3)  # on the way to the last
-    assert math.isnan(tables.gold_at(path, 0.3))
-
-
 def test_spread_is_the_standard_deviation_over_seeds():
     assert tables.spread([0.1, 0.2, 0.3]) == "0.200 ± 0.100"
     assert tables.spread([0.25], 2) == "0.25"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results with two of three seeds of `geneval-tiny-flux`, and no other run."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for seed, after, seconds in ((0, 0.7, 540), (2, 0.9, None)):
+        folder = tmp_path / f"geneval-tiny-flux-s{seed}"
+        folder.mkdir()
+        gold = {f"cards-{part}": 0.5 for part in tables.cards.PARTS} | {"cards": 0.8, tables.STRICT: 0.25}
+        rows = [
+            dict(update=update, proxy=proxy, kl_to_base=0) | gold | {"cards-frame": frame}
+            for update, proxy, frame in ((0, 0.6, 0.5), (20, 0.1, 0.1), (40, after, 0.75))]
+        run.write(folder / "evals.csv", rows)
+        scores = [
+            {"update": update, "prompt": prompt, "tiny-geneval": score}
+            for update in (0, 40) for prompt, score in (("one", 0.5), ("two", 0.6), ("three", 0.7 + update))]
+        run.write(folder / "scores.csv", scores)
+        (folder / "run.json").write_text(json.dumps(dict(seconds=seconds)))
+    return tmp_path
+
+
+def test_a_table_has_a_row_for_what_has_a_run_that_is_done(results):
+    (results / "ocr-tiny-sd3-s0").mkdir()  # without run.json it is not done
+    assert tables.table_of_default_runs().splitlines()[2:] == [
+        "| `geneval` | `tiny-flux` | 2 | 40 | 0.600 | 0.800 | +0.200 ± 0.141 | +2.00 ± 1.41 | 0.250 | "
+        "0.250 | 0.800 | 0.800 | 9 |"]
+    assert tables.table_of_parts().splitlines()[2:] == [
+        "| `geneval` | `tiny-flux` | 0.500 → 0.500 | 0.500 → 0.750 | 0.500 → 0.500 | 0.500 → 0.500 |"]
+
+
+def test_without_a_run_a_table_has_no_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "none")
+    assert len(tables.table_of_default_runs().splitlines()) == len(tables.table_of_parts().splitlines()) == 2
 
 
 def test_what_the_algebra_says_of_the_gradients():
@@ -92,37 +116,76 @@ def test_what_the_algebra_says_of_the_gradients():
 
 
 def test_a_run_of_the_table_is_a_command_of_guard_py():
-    for name, (group, given) in run.all_runs().items():
+    names = list(run.all_runs())
+    assert len(names) == 19 and {run.GUARD, run.BASELINE} <= set(names)
+    assert names[2:4] == ["ocr-tiny-sd3-s2", "geneval-tiny-sd3-s0"] and names[9] == "ocr-tiny-flux-s0"
+    for name, (group, label, given) in run.all_runs().items():
         args = guard.parse_args([*given.split(), "--run_dir", "runs/none"])
-        assert name.endswith(f"-s{args.seed}") and args.seed in run.SEEDS.get(group, [run.FIRST_SEED])
-        assert args.eval_prompts == 512 and args.gold[0] == "cards"
+        preset = guard.parse_args(["--task", args.task, "--model", args.model, "--run_dir", "runs/none"])
+        assert name == f"{label}-s{args.seed}" and args.seed in run.SEEDS[group]
+        assert args.reward == tables.REWARD[args.task] and args.gold[0] == "cards"
+        assert (tables.STRICT in args.gold) == (args.task == "geneval")
+        if group == "default":
+            assert label == f"{args.task}-{args.model}"
+            assert vars(args) == vars(preset) | dict(seed=args.seed, keep=1)
 
 
-def test_a_run_leaves_its_numbers(tmp_path, monkeypatch):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A run of one epoch in the place of all those of the table, and folders of its own."""
+    monkeypatch.setattr(run, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    flags = ("--model tiny-sd3 --epochs 1 --groups 2 --group_size 4 --micro_batch 2 --steps 8 --eval_steps 2 "
+             "--eval_prompts 3 --reward cards-colour --gold cards")  # a reward that has no dead groups
+    monkeypatch.setattr(run, "all_runs", lambda: {"small": ("default", "small", flags)})
+    return flags
+
+
+def test_a_run_leaves_its_numbers(tmp_path, monkeypatch, small):
     """run.py's recording, on a small run: every score of an evaluation, every rho of a second update."""
     for name in ("evaluate", "slice_loss", "train_epoch"):
         monkeypatch.setattr(guard, name, getattr(guard, name))  # put back in the end
     monkeypatch.setattr(guard.rewards, "load", guard.rewards.load)
-    small = ("--model tiny-sd3 --epochs 1 --groups 2 --group_size 4 --micro_batch 2 --steps 8 --eval_steps 2 "
-             "--eval_prompts 3 --gold cards --seed 10")
-    settings = dict(RUNS=tmp_path / "runs", RESULTS=tmp_path / "results", EPOCHS=1, RATIO_EPOCHS=[0])
-    for name, value in settings.items():
-        monkeypatch.setattr(run, name, value)
-    monkeypatch.setattr(run, "all_runs", lambda: {"small": ("main", small)})
+    monkeypatch.setattr(run, "GUARD", "small")
+    monkeypatch.setattr(run, "RATIO_EPOCHS", [0])
     monkeypatch.setattr(sys, "argv", ["guard.py"])
     run.run_one("small")
     results = tmp_path / "results" / "small"
-    assert json.loads((results / "run.json").read_text())["command"] == f"guard.py {small}"
+    about = json.loads((results / "run.json").read_text())
+    assert about["command"] == f"guard.py {small}" and about["seconds"] > 0
+    assert about["settings"] == dict(method="guard", lr=2e-3, clip=2.3e-5, epochs=1, updates_per_epoch=2)
     evals, scores, rho = (run.read(results / f"{name}.csv") for name in ("evals", "scores", "rho"))
+    assert list(evals[0]) == ["update", "proxy", "cards", "kl_to_base"]
     assert [row["update"] for row in evals] == ["0", "2"] and len(scores) == 6
     for row in evals:
-        for name in ("ocr", "cards"):
-            of_it = [float(each[name]) for each in scores if each["update"] == row["update"]]
+        for name, reward in (("proxy", "cards-colour"), ("cards", "cards")):
+            of_it = [float(each[reward]) for each in scores if each["update"] == row["update"]]
             assert float(row[name]) == pytest.approx(np.mean(of_it), abs=1e-4)
     wanted = [("1", str(step), str(member)) for member in range(4) for step in range(7)]
     assert sorted((row["slot"], row["step"], row["member"]) for row in rho) == sorted(wanted)
     first = [row for row in run.read(results / "updates.csv") if row["first"] == "True"]
-    assert all(float(row["ratio_std"]) == 0 for row in first)
+    assert first and all(float(row["ratio_std"]) == 0 for row in first)
+
+
+def test_an_evaluation_done_again_after_a_stop_counts_once(tmp_path, small):
+    folder = tmp_path / "runs" / "small"
+    folder.mkdir(parents=True)
+    settings = dict(method="guard", lr=1.0, clip=1.0, epochs=1, updates_per_epoch=2, prompts="elsewhere")
+    (folder / "config.json").write_text(json.dumps(dict(commit="c", args=settings)))
+    step = dict.fromkeys(("ratio_mean", "ratio_std", "clip_high", "clip_low", "blocked"), [0.0])
+    lines = [dict(kind="eval", update=0, proxy=0.5, gold=dict(cards=0.25), kl_to_base=0),
+             dict(kind="update", update=1, first=True, live=4, grad_norm=1.0) | step]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for update in (0, 2, 2):
+        rows = [dict(update=update, prompt=prompt, cards="0.5000") for prompt in ("one", "two")]
+        run.write(folder / "scores.csv", rows, append=True)
+    run.collect("small", 5)
+    scores = run.read(tmp_path / "results" / "small" / "scores.csv")
+    assert [(row["update"], row["prompt"]) for row in scores] == [
+        ("0", "one"), ("0", "two"), ("2", "one"), ("2", "two")]
+    about = tables.about(tmp_path / "results" / "small")
+    assert about["seconds"] == 5 and "prompts" not in about["settings"]
+    assert not (tmp_path / "results" / "small" / "rho.csv").exists()
 
 
 def peak_of_profiler(function, folder):

@@ -214,3 +214,18 @@ def test_one_process_goes_on_as_two(one, run):
     run("cut", 2, f"--resume {folder}")
     assert_lines_close(one, folder)
     assert_weights_close(one, folder, 4)
+
+
+@pytest.mark.parametrize(
+    "task, model", [("ocr", "tiny-flux"), ("geneval", "tiny-sd3"), ("pickscore", "tiny-sd3")]
+)
+def test_two_processes_are_as_one_on_every_task(task, model, run):
+    """With the preset's own reward. What is drawn before any update is the same to the bit."""
+    gold = "cards tiny-geneval-strict" if task == "geneval" else "cards"
+    more = f"--task {task} --model {model} --gold {gold} --kl_beta 0 --epochs 1 --groups 4 --group_size 4"
+    more += " --micro_batch 4 --steps 4 --eval_steps 4"
+    one, two = (run(f"{task}-{ranks}", ranks, more, None) for ranks in (1, 2))
+    assert_lines_close(one, two)
+    assert_weights_close(one, two, 2)
+    assert lines_of(one, "rollout") == lines_of(two, "rollout")
+    assert lines_of(one, "eval")[0] == lines_of(two, "eval")[0]

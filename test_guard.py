@@ -343,12 +343,13 @@ def test_the_first_update_of_every_epoch_has_ratio_exactly_1(a_run):
 def test_the_first_updates_are_the_committed_ones(a_run):
     """Seed 0 on tiny/sd3: a change of behaviour cannot slip in. Measured on an AMD EPYC with torch 2.13.0."""
     first, second = lines_of(a_run, "update")[:2]
-    assert lines_of(a_run, "rollout")[0]["reward_mean"] == pytest.approx(0.0677083, abs=1e-6)
-    assert first["grad_norm"] == pytest.approx(0.0124105, rel=1e-3)
-    assert second["grad_norm"] == pytest.approx(0.0147406, rel=1e-3)
-    assert second["loss"] == pytest.approx(3.76451e-4, rel=1e-2)
-    assert second["ratio_std"] == pytest.approx([1.03076e-4, 2.18924e-4, 6.88117e-4], rel=1e-2)
-    assert (second["live"], second["clip_high"], second["blocked"]) == (8, [0.375, 0.5, 0.5], [0.375] * 3)
+    assert lines_of(a_run, "rollout")[0]["reward_mean"] == pytest.approx(0.1770833, abs=1e-6)
+    assert first["grad_norm"] == pytest.approx(0.0207392, rel=1e-3)
+    assert second["grad_norm"] == pytest.approx(0.0100465, rel=1e-3)
+    assert second["loss"] == pytest.approx(4.63633e-4, rel=1e-2)
+    assert second["ratio_std"] == pytest.approx([1.44479e-4, 6.48725e-4, 1.47416e-3], rel=1e-2)
+    assert (second["live"], second["clip_high"]) == (8, [0.5, 0.5, 0.75])
+    assert second["blocked"] == [0.375, 0.5, 0.75]
 
 
 def test_a_run_leaves_what_it_should(a_run):
@@ -394,7 +395,7 @@ def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(a_run,
             num_inference_steps=4,
             guidance_scale=1.0,
             latents=latents,
-            max_sequence_length=16,
+            max_sequence_length=18,
         ).images
 
     pipe = StableDiffusion3Pipeline.from_pretrained(HERE / "tiny/sd3")

@@ -29,7 +29,7 @@ def rendered(prompts, seed):
     return [cards.draw_at_random(cards.parse(prompt), rng) for prompt in prompts]
 
 
-def read_cards(pictures, shapes, judge=rewards.TINY_JUDGES):
+def read_cards(pictures, shapes, judge=rewards.TINY_GENEVAL):
     """Share of the pictures whose counts and classes, and colours too, the detector and CLIP read exactly."""
     settings = geneval.settings_of(judge["detector"])
     detect = geneval.load_detector(judge["detector"], settings)
@@ -105,7 +105,7 @@ def check_pickscore(count=400):
 
 
 def pipeline(name):
-    pipe = DiffusionPipeline.from_pretrained(HERE / name, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(HERE / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -371,7 +371,10 @@ def test_a_run_leaves_what_it_should(a_run):
 
 
 def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(a_run, tmp_path):
-    """Same noise, same weights at full strength: the very same pixels."""
+    """Same noise, same weights at full strength: the same pixels, to a level of 256.
+
+    Not to the bit, since the pipeline encodes its four prompts in one batch.
+    """
     folder = shutil.copytree(a_run, tmp_path / "copy")
     checkpoint = folder / "checkpoint-000004"
     args = guard.parse_args(["--resume", str(folder)])
@@ -405,8 +408,9 @@ def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(a_run,
     adapter = pipe.transformer.peft_config["default_0"]
     assert (adapter.r, adapter.lora_alpha) == (32, 64)
     for mine, theirs, before in zip(ours, draw(pipe), base, strict=True):
-        assert np.array_equal(np.array(mine), np.array(theirs))
-        assert not np.array_equal(np.array(mine), np.array(before))
+        mine, theirs, before = (np.array(image, dtype=int) for image in (mine, theirs, before))
+        assert np.abs(mine - theirs).max() <= 1
+        assert np.abs(mine - before).max() >= 10
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(a_run, tmp_path):

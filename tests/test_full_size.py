@@ -218,10 +218,10 @@ def test_packing_of_flux(flux, monkeypatch):
     assert torch.equal(v, FluxPipeline._unpack_latents(packed + 1, 32, 48, flux.pipe.vae_scale_factor))
     assert torch.equal(v, x + 1)
     _, tokens, pooled, level, image_ids, text_ids, guidance = given[0]
-    assert tokens.shape == (2, 16, 128) and pooled.shape == (2, 64)
+    assert tokens.shape == (2, make.TEXT_LENGTH, 128) and pooled.shape == (2, 64)
     assert level.tolist() == pytest.approx([0.7] * 2) and guidance.tolist() == [3.5] * 2
     assert torch.equal(image_ids, FluxPipeline._prepare_latent_image_ids(2, 8, 12, "cpu", torch.float32))
-    assert torch.equal(text_ids, torch.zeros(16, 3))
+    assert torch.equal(text_ids, torch.zeros(make.TEXT_LENGTH, 3))
 
 
 def test_flux_draws_the_same_pictures_as_diffusers(flux):
@@ -237,7 +237,7 @@ def test_flux_draws_the_same_pictures_as_diffusers(flux):
     def draw(output_type):
         return flux.pipe(
             "a red card", height=32, width=48, num_inference_steps=6, guidance_scale=3.5,
-            num_images_per_prompt=2, max_sequence_length=16, output_type=output_type,
+            num_images_per_prompt=2, max_sequence_length=make.TEXT_LENGTH, output_type=output_type,
             latents=FluxPipeline._pack_latents(noise, 2, *flux.shape)).images  # fmt: skip
 
     theirs = FluxPipeline._unpack_latents(draw("latent"), 32, 48, flux.pipe.vae_scale_factor)

@@ -65,7 +65,7 @@ from tqdm import tqdm
 import rewards
 from scorers.background import TIMEOUT, Scorers, report_evaluation, result_of, sheet
 from settings import command_line
-from settings.command_line import TASKS, TINY, TINY_FLUX, TINY_SD3, TINY_TASKS
+from settings.command_line import BY_TASK, TINY, TINY_BY_TASK, TINY_FLUX, TINY_SD3
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
@@ -83,7 +83,7 @@ def flag(default, text, **more):
 
 @dataclass
 class Args:
-    """The command line. Defaults are the paper's for SD3.5-M; MODELS and TASKS say what differs elsewhere."""
+    """The command line. Defaults are the paper's for SD3.5-M; MODELS and rewards.TASKS say the rest."""
 
     task: str = flag("ocr", "what to learn", choices=rewards.TASKS)
     reward: str = flag("ocr", "what to train on; the task's own unless given", choices=rewards.REWARDS)
@@ -369,10 +369,10 @@ Model = namedtuple("Model", "place backbone settings by_task baseline")
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
 BASELINE = dict(lr=3e-4, clip=1e-4)
 MODELS = {  # a model without an alias takes the first row that has its pipeline's class
-    "sd3.5-medium": Model("stabilityai/stable-diffusion-3.5-medium", SD3, {}, TASKS, BASELINE),
-    "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", Flux, FLUX, TASKS, BASELINE),
-    "tiny-sd3": Model(TINY_SD3, SD3, TINY, TINY_TASKS, dict(clip=1.1e-3)),
-    "tiny-flux": Model(TINY_FLUX, Flux, TINY, TINY_TASKS, dict(clip=1.1e-3)),
+    "sd3.5-medium": Model("stabilityai/stable-diffusion-3.5-medium", SD3, {}, BY_TASK, BASELINE),
+    "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", Flux, FLUX, BY_TASK, BASELINE),
+    "tiny-sd3": Model(TINY_SD3, SD3, TINY, TINY_BY_TASK, dict(clip=1.1e-3)),
+    "tiny-flux": Model(TINY_FLUX, Flux, TINY, TINY_BY_TASK, dict(clip=1.1e-3)),
 }
 # With its prefix, so that SD3.5's attn2 stays out. Departure for FLUX: flow_grpo's own script has others.
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

@@ -2,7 +2,7 @@
 
     python experiments/figures.py              # writes experiments/figures/*.png, prints the tables
 
-Seconds on a CPU. The two figures that are made of pictures, fig11 and samples, are those of predictions.py.
+Seconds on a CPU. A figure whose numbers are not there yet is not drawn. The two figures that are made of pictures, fig11 and samples, are those of predictions.py.
 """
 
 import sys
@@ -36,15 +36,15 @@ def save(figure, name, dpi=80):
 
 def ratio_and_clip():
     """The main README's figure: rho of single samples at the first and at the last trained step."""
-    figure, axes = plt.subplots(2, 2, figsize=(7.6, 5.4))
     names = {BASELINE: "Flow-GRPO", GUARD: "GRPO-Guard"}
+    if not all((RESULTS / name / "run.json").exists() for name in names):
+        return
+    figure, axes = plt.subplots(2, 2, figsize=(7.6, 5.4))
     for name, row in zip(names, axes, strict=True):
         folder = RESULTS / name
-        done = (folder / "run.json").exists()
         for step, axis in zip((0, 8), row, strict=True):
-            if done:
-                rho = columns(folder / "rho.csv", lambda row, t=str(step): row["step"] == t)
-                one_panel(axis, rho["rho"], rho["advantage"], about(folder)["settings"]["clip"])
+            rho = columns(folder / "rho.csv", lambda row, t=str(step): row["step"] == t)
+            one_panel(axis, rho["rho"], rho["advantage"], about(folder)["settings"]["clip"])
             which = "first step (noisiest)" if step == 0 else "last trained step"
             axis.set_title(f"{names[name]}, {which}", fontsize=10)
     axes[0, 0].set_ylabel("samples")
@@ -80,7 +80,9 @@ def write(axis, x, side, text):
 def gradient_norms():
     """Figure 3: the gradient of an on-policy update by step; mean and range over seeds."""
     path = RESULTS / "gradients.csv"
-    rows = read(path) if path.exists() else []
+    if not path.exists():
+        return
+    rows = read(path)
     figure, axis = plt.subplots(figsize=(6, 4))
     for method in dict.fromkeys(row["method"] for row in rows):
         norms = np.array([float(row["grad_norm"]) for row in rows if row["method"] == method])
@@ -91,8 +93,7 @@ def gradient_norms():
         axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method], label=label)
         axis.fill_between(steps, relative.min(0), relative.max(0), color=COLOURS[method], alpha=0.2)
     axis.set(xlabel="denoising step, noisiest first", ylabel="gradient norm / its mean over steps")
-    if rows:
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=8)
     save(figure, "fig3")
 
 

@@ -25,7 +25,7 @@ from rewards import BadInput
 
 HERE = Path(__file__).resolve().parent.parent
 ON_RESUME = ("epochs", "eval_every", "eval_prompts", "save_every", "keep")  # what --resume may change
-TASKS = {"ocr": {}, "geneval": dict(epochs=930), "pickscore": dict(epochs=510, clip=4e-6)}  # for SD3.5-M
+BY_TASK = {"ocr": {}, "geneval": dict(epochs=930), "pickscore": dict(epochs=510, clip=4e-6)}  # for SD3.5-M
 TINY_SD3, TINY_FLUX = str(HERE / "tiny" / "sd3"), str(HERE / "tiny" / "flux")
 TINY = dict(  # the embedded models'
     dtype="float32", lr=2e-3, clip=2.3e-5, ema_decay=0.0, group_size=16, groups=8, epochs=10, micro_batch=16,
@@ -40,7 +40,7 @@ def tiny_task(prompts, reward, gold=(), **settings):
     return dict(prompts=prompts, gold_prompts=prompts, reward=reward, gold=gold, **settings)
 
 
-TINY_TASKS = {
+TINY_BY_TASK = {
     "ocr": tiny_task("cards", "ocr"),
     "geneval": tiny_task("cards-geneval", "tiny-geneval", ["tiny-geneval-strict"], epochs=20, eval_every=10),
     "pickscore": tiny_task("cards-pickscore", "tiny-pickscore", epochs=20, eval_every=10),

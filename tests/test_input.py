@@ -198,7 +198,7 @@ def test_presets_follow_the_sampler_and_the_model(tmp_path):
 
 
 def test_another_model_takes_the_presets_of_its_pipelines_class(tmp_path):
-    cards = ["--prompts", command_line.TINY_TASKS["ocr"]["prompts"], "--run_dir", str(tmp_path / "run")]
+    cards = ["--prompts", command_line.TINY_BY_TASK["ocr"]["prompts"], "--run_dir", str(tmp_path / "run")]
     for name, preset in (("sd3", "sd3.5-medium"), ("flux", "flux.1-dev")):
         (tmp_path / name).mkdir()
         shutil.copy(HERE / "tiny" / name / "model_index.json", tmp_path / name)

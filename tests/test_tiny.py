@@ -213,7 +213,7 @@ def test_the_preference_model_prefers_the_better_card():
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_plain_diffusers_draws_cards(name):
     """The base models, with room for a reward to improve them."""
-    pipe = check.pipeline(name)
+    pipe = make.pipeline(name)
     config = pipe.transformer.config
     if name == "sd3":
         assert isinstance(pipe, StableDiffusion3Pipeline)

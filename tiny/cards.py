@@ -503,6 +503,12 @@ def put(kind, size, x, y):
     return Placed(*kind, size, left, top)
 
 
+def in_places(kinds, rng):
+    """Shapes of these (class, colour), each of a random size in one of the 2 x 4 places."""
+    places = rng.sample(PLACES, len(kinds))
+    return [put(kind, rng.choice(SIZES), *place) for kind, place in zip(kinds, places, strict=True)]
+
+
 def place(card, rng):
     """The card's shapes in some of the 2 x 4 places; an open colour is any that is not held out."""
     kinds = []
@@ -510,8 +516,7 @@ def place(card, rng):
         known = sorted(SHAPE_COLOURS.keys() - held_out_colours(clause.shape, clause.count))
         kinds += [(clause.shape, clause.colour or rng.choice(known))] * clause.count
     while True:
-        places = rng.sample(PLACES, len(kinds))
-        placed = [put(kind, rng.choice(SIZES), *place) for kind, place in zip(kinds, places, strict=True)]
+        placed = in_places(kinds, rng)
         if card.relation is None or stands(placed[0].centre(), card.relation, placed[1].centre()):
             return placed
 

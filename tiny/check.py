@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -29,8 +27,9 @@ def rendered(prompts, seed):
     return [cards.draw_at_random(cards.parse(prompt), rng) for prompt in prompts]
 
 
-def read_cards(pictures, shapes, judge=rewards.TINY_GENEVAL):
+def read_cards(pictures, shapes):
     """Share of the pictures whose counts and classes, and colours too, the detector and CLIP read exactly."""
+    judge = rewards.TINY_GENEVAL
     settings = geneval.settings_of(judge["detector"])
     detect = geneval.load_detector(judge["detector"], settings)
     colours_of = geneval.load_colour_judge(judge["clip"], settings)
@@ -88,7 +87,7 @@ def check_pickscore(count=400):
     for _ in range(count):
         prompt = rng.choice(held_out)
         cases["rendered"].append((prompt, [judges.attempt(cards.parse(prompt), rng) for _ in range(2)]))
-    pipe = pipeline("sd3")
+    pipe = make.pipeline("sd3")
     for start in range(0, 256, 64):
         some = held_out[start : start + 64]
         images = make.draw(pipe, some, seed=start, number=2)
@@ -104,14 +103,8 @@ def check_pickscore(count=400):
         print(f"pickscore, unseen pairs {name}: agrees on {mean(agree):.3f} of {clear.sum()} clear ones")
 
 
-def pipeline(name):
-    pipe = DiffusionPipeline.from_pretrained(HERE / name, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def check_pipeline(name, count=128):
-    pipe, sheet = pipeline(name), []
+    pipe, sheet = make.pipeline(name), []
     sets = {"ocr": "cards", "tiny-geneval": "cards-geneval", "tiny-pickscore": "cards-pickscore"}
     for reward, folder in sets.items():
         pairs = rewards.read_set(rewards.PROMPTS / folder)[1][:count]

@@ -118,12 +118,7 @@ def any_shapes(rng):
     kinds = [(rng.choice(CLASSES), rng.choice(COLOURS)) for _ in range(count)]
     if rng.random() < 0.5:
         kinds = kinds[:1] * count
-    if rng.random() < 0.5:
-        return anywhere(kinds, rng)
-    places = rng.sample(cards.PLACES, count)
-    return [
-        cards.put(kind, rng.choice(cards.SIZES), *place) for kind, place in zip(kinds, places, strict=True)
-    ]
+    return anywhere(kinds, rng) if rng.random() < 0.5 else cards.in_places(kinds, rng)
 
 
 def mask_of(placed, ground):

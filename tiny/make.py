@@ -15,6 +15,7 @@ picked up where it was left when the script starts again (working folder `tiny/.
 `python tiny/check.py` measures what came out.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -365,34 +366,42 @@ def make_flux(vae):
     return pipe
 
 
-def save_pipeline(pipe, folder):
-    """The transformer in half precision, which halves the folder; all else in fp32."""
+@contextlib.contextmanager
+def replacing(folder):
+    """A path to write to, which takes the folder's place when all is written."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipe.transformer.half()
-    pipe.save_pretrained(partial)
+    yield partial
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def save_pipeline(pipe, folder):
+    """The transformer in half precision, which halves the folder; all else in fp32."""
+    pipe.transformer.half()
+    with replacing(folder) as partial:
+        pipe.save_pretrained(partial)
 
 
 def save_judge(model, processor, folder, **files):
     """In half precision. files: name without .json -> its content."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.half().save_pretrained(partial)
-    processor.save_pretrained(partial)
-    for name, content in files.items():
-        (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with replacing(folder) as partial:
+        model.half().save_pretrained(partial)
+        processor.save_pretrained(partial)
+        for name, content in files.items():
+            (partial / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def draw_pairs(folder, count=600):
-    """Two pictures by a pipeline for each of so many prompts to train on, as prompt -> [image, image]."""
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+def pipeline(name):
+    """What is in `sd3` or `flux`, in fp32 and quiet."""
+    pipe = DiffusionPipeline.from_pretrained(HERE / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_pairs(pipe, count=600):
+    """Two pictures by a pipeline for each of so many prompts to train on, as prompt -> [image, image]."""
     prompts = cards.mixed_splits()[0][:count]
     drawn = {}
     for start in range(0, count, 50):
@@ -445,7 +454,7 @@ def make_judge(name):
     elif name == "clip":
         save_judge(*judges.make_clip(clip_tokenizer(), train), HERE / name)
     else:
-        drawn = draw_pairs(HERE / "sd3")
+        drawn = draw_pairs(pipeline("sd3"))
         save_judge(*judges.make_pickscore(clip_tokenizer(), train, random_card, drawn), HERE / name)
 
 

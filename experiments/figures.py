@@ -2,7 +2,8 @@
 
     python experiments/figures.py              # writes experiments/figures/*.png, prints the tables
 
-Seconds on a CPU. A figure whose numbers are not there yet is not drawn. The two figures that are made of pictures, fig11 and samples, are those of predictions.py.
+Seconds on a CPU. A figure whose numbers are not there yet is not drawn. The two figures that are made of
+pictures, fig11 and samples, are those of predictions.py.
 """
 
 import sys

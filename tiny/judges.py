@@ -41,7 +41,7 @@ SETTINGS = {  # of scorers/geneval.py
 MARGIN = 4  # pixels from a card's edge to shapes that stand anywhere
 TEMPERATURE = 0.03  # of the preferences: a gold score better by this is preferred to 73 %, before the flips
 FLIPPED = 0.25  # of the preferences
-PAIRS = 6000
+PAIRS = 12000
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -311,6 +311,15 @@ def make_clip(tokenizer, train):
 # tiny/pickscore
 
 
+def similar_cards(random_card, rng, count=48):
+    """So many cards, or a few less; half of the time all on one ground, so that only content tells them apart."""
+    drawn = [random_card(rng) for _ in range(count)]
+    if rng.random() < 0.5:
+        ground = dict(colour=drawn[0].colour, pattern=drawn[0].pattern)
+        drawn = [dataclasses.replace(card, **ground) for card in drawn]
+    return list({str(card): card for card in drawn if not cards.is_held_out(card)}.values())
+
+
 def altered(card, rng):
     """Another card: one thing that was asked for is different."""
     kind = rng.choice(("colour", "pattern", "content", "content"))
@@ -395,11 +404,11 @@ def make_pickscore(tokenizer, train, random_card, drawn):
 
     def contrast(step):
         rng = random.Random(step)
-        chosen = list({str(card): card for card in (random_card(rng) for _ in range(48))}.values())
+        chosen = similar_cards(random_card, rng)
         images = [cards.as_image(worn(cards.draw_at_random(card, rng), rng)) for card in chosen]
         return model(**inputs_of([str(card) for card in chosen], images), return_loss=True).loss
 
-    train("pickscore-clip", model.train(), 800, 1e-3, contrast)
+    train("pickscore-clip", model.train(), 1500, 1e-3, contrast)
     pairs = [pair(index, random_card, drawn) for index in range(PAIRS)]
     golds = [[gold(image, prompt) for image in images] for prompt, images in pairs]
     labels = [preference(two, random.Random(index)) for index, two in enumerate(golds)]
@@ -414,5 +423,5 @@ def make_pickscore(tokenizer, train, random_card, drawn):
         wanted = torch.tensor([labels[index] for index in chosen])
         return F.cross_entropy(torch.stack(logits, dim=1), wanted)
 
-    train("pickscore", model, 700, 5e-4, prefer)
+    train("pickscore", model, 1500, 5e-4, prefer)
     return model.eval(), processor

@@ -16,6 +16,7 @@ picked up where it was left when the script starts again (working folder `tiny/.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -268,11 +269,14 @@ def make_t5(tokenizer):
 
 
 def train_flow(name, vae, modules, velocity):
-    """Flow matching with logit-normal times: transformer and text encoders together."""
+    """Flow matching with logit-normal times: transformer and text encoders together.
+
+    In two rounds of the learning rate: the second is what brings two shapes with the right colours on a card.
+    """
     learned = torch.nn.ModuleList(modules).train()
 
-    def loss_of(step):
-        pixels, prompts = examples(step, 32)
+    def loss_of(step, first):
+        pixels, prompts = examples(first + step, 32)
         prompts = [prompt if torch.rand(()) > 0.1 else "" for prompt in prompts]  # so that guidance works too
         with torch.no_grad():
             x0 = vae.encode(pixels).latent_dist.sample()
@@ -283,7 +287,8 @@ def train_flow(name, vae, modules, velocity):
         x = torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
         return F.mse_loss(velocity(x, t, prompts), x1 - x0)
 
-    train(name, learned, 5000, 1.5e-3, loss_of)
+    train(name, learned, 5000, 1.5e-3, functools.partial(loss_of, first=0))
+    train(f"{name}-late", learned, 3500, 1.2e-3, functools.partial(loss_of, first=5000))
     learned.eval()
 
 
@@ -400,7 +405,7 @@ def pipeline(name):
     return pipe
 
 
-def draw_pairs(pipe, count=600):
+def draw_pairs(pipe, count=1000):
     """Two pictures by a pipeline for each of so many prompts to train on, as prompt -> [image, image]."""
     prompts = cards.mixed_splits()[0][:count]
     drawn = {}

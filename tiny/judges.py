@@ -41,7 +41,7 @@ SETTINGS = {  # of scorers/geneval.py
 MARGIN = 4  # pixels from a card's edge to shapes that stand anywhere
 TEMPERATURE = 0.03  # of the preferences: a gold score better by this is preferred to 73 %, before the flips
 FLIPPED = 0.25  # of the preferences
-PAIRS = 12000
+PAIRS = 16000
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -382,33 +382,38 @@ def preference(golds, rng):
 def pair(index, random_card, drawn):
     """(prompt, two PIL images) number `index`.
 
-    drawn: prompt -> pictures by a base model, which half of the pairs are from.
+    drawn: prompt -> pictures by a base model, which two thirds of the pairs are from.
     """
     rng = random.Random(f"pair {index}")
-    if drawn and rng.random() < 0.5:
+    if rng.random() < 2 / 3:
         prompt = rng.choice(sorted(drawn))
         images = rng.sample(drawn[prompt], 2)
-        if rng.random() < 0.3:
+        if rng.random() < 0.2:
             images[rng.randrange(2)] = attempt(cards.parse(prompt), rng)
         return prompt, images
     card = random_card(rng)
     return str(card), [attempt(card, rng) for _ in range(2)]
 
 
-def make_pickscore(tokenizer, train, random_card, drawn):
-    """A CLIP model that learns which prompt a card belongs to, and then to prefer, by PickScore's loss."""
+def make_pickscore_clip(tokenizer, train, random_card):
+    """(CLIPModel, CLIPProcessor): a model that has learned which prompt a card belongs to."""
     model, processor = small_clip(tokenizer, image_size=64, patch=8, width=128, layers=3, seed=12)
-
-    def inputs_of(prompts, images):
-        return processor(text=prompts, images=images, padding=True, return_tensors="pt")
 
     def contrast(step):
         rng = random.Random(step)
         chosen = similar_cards(random_card, rng)
         images = [cards.as_image(worn(cards.draw_at_random(card, rng), rng)) for card in chosen]
-        return model(**inputs_of([str(card) for card in chosen], images), return_loss=True).loss
+        texts = [str(card) for card in chosen]
+        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+        return model(**inputs, return_loss=True).loss
 
     train("pickscore-clip", model.train(), 1500, 1e-3, contrast)
+    return model, processor
+
+
+def make_pickscore(tokenizer, train, random_card, drawn):
+    """That model, taught by PickScore's loss to prefer one of two pictures. drawn: see `pair`."""
+    model, processor = make_pickscore_clip(tokenizer, train, random_card)
     pairs = [pair(index, random_card, drawn) for index in range(PAIRS)]
     golds = [[gold(image, prompt) for image in images] for prompt, images in pairs]
     labels = [preference(two, random.Random(index)) for index, two in enumerate(golds)]
@@ -417,11 +422,11 @@ def make_pickscore(tokenizer, train, random_card, drawn):
         chosen = random.Random(step).sample(range(PAIRS), 32)
         prompts = [pairs[index][0] for index in chosen]
         images = [image for index in chosen for image in pairs[index][1]]
-        output = model(**inputs_of(prompts, images))
+        output = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
         rows = torch.arange(len(chosen))
         logits = [output.logits_per_text[rows, 2 * rows + which] for which in (0, 1)]  # (B,) each
         wanted = torch.tensor([labels[index] for index in chosen])
         return F.cross_entropy(torch.stack(logits, dim=1), wanted)
 
-    train("pickscore", model, 1500, 5e-4, prefer)
+    train("pickscore", model, 2500, 5e-4, prefer)
     return model.eval(), processor

@@ -6,7 +6,7 @@ tasks in `prompts/`. `python tiny/make.py flux` makes that one alone. The stages
 picked up where it was left when the script starts again (working folder `tiny/.make/`):
 
 1. vae: an AutoencoderKL on rendered cards; 4 x 8 x 16 latents, scaled to mean 0 and spread 1. Beside it
-   detector (crops first) and clip: see judges.py.
+   detector (crops first), clip and the first half of pickscore: see judges.py.
 2. sd3 and flux side by side: the text encoders and the transformer together, by flow matching: predict
    v = x1 - x0 at x_t = (1-t) x0 + t x1. A fifth of the cards bear random letters, so that the model learns
    to spell.
@@ -60,7 +60,7 @@ from tiny import cards, judges  # noqa: E402
 
 WORK = HERE / ".make"
 WAVES = [  # what is made side by side, one process of one thread each; a wave needs those before it
-    [["vae"], ["detector", "clip"]],
+    [["vae"], ["detector", "clip", "pickscore-clip"]],
     [["sd3"], ["flux"]],
     [["pickscore"]],
 ]
@@ -405,14 +405,14 @@ def pipeline(name):
     return pipe
 
 
-def draw_pairs(pipe, count=1000):
-    """Two pictures by a pipeline for each of so many prompts to train on, as prompt -> [image, image]."""
-    prompts = cards.mixed_splits()[0][:count]
+def draw_groups(pipe, number=4):
+    """So many pictures by a pipeline for each prompt to train on, as prompt -> images."""
+    prompts = cards.mixed_splits()[0]
     drawn = {}
-    for start in range(0, count, 50):
+    for start in tqdm(range(0, len(prompts), 50), desc="draw"):
         some = prompts[start : start + 50]
-        images = draw(pipe, some, seed=start, number=2)
-        drawn |= {prompt: images[2 * i : 2 * i + 2] for i, prompt in enumerate(some)}
+        images = draw(pipe, some, seed=start, number=number)
+        drawn |= {prompt: images[number * i : number * (i + 1)] for i, prompt in enumerate(some)}
     return drawn
 
 
@@ -459,7 +459,7 @@ def make_judge(name):
     elif name == "clip":
         save_judge(*judges.make_clip(clip_tokenizer(), train), HERE / name)
     else:
-        drawn = draw_pairs(pipeline("sd3"))
+        drawn = draw_groups(pipeline("sd3"))
         save_judge(*judges.make_pickscore(clip_tokenizer(), train, random_card, drawn), HERE / name)
 
 
@@ -468,6 +468,8 @@ def make(name):
     start = time.monotonic()
     if name == "vae":
         make_vae()
+    elif name == "pickscore-clip":
+        judges.make_pickscore_clip(clip_tokenizer(), train, random_card)
     elif name in ("sd3", "flux"):
         make_pipeline(name)
     else:

@@ -46,9 +46,9 @@ def read_cards(pictures, shapes):
 
 
 def rendered_shapes(radius=0):
-    """(pictures, their shapes) of the 300 held-out cards with shapes, blurred by so many pixels."""
+    """(pictures, their shapes) of the 300 held-out cards with shapes, twice each, blurred by so many pixels."""
     rng, pictures, shapes = random.Random(0), [], []
-    for prompt in cards.shape_splits()[1]:
+    for prompt in 2 * cards.shape_splits()[1]:
         card = cards.parse(prompt)
         shapes.append(cards.place(card, rng))
         pictures.append(cards.draw_shapes(card.colour, card.pattern, shapes[-1]))
@@ -61,7 +61,7 @@ def check_detector():
     for name, radius in (("as rendered", 0), ("blurred by a pixel", 1)):
         counted, coloured = read_cards(*rendered_shapes(radius))
         print(
-            f"detector, 300 held-out cards {name}: class and count {counted:.3f}, colour too {coloured:.3f}"
+            f"detector, 600 held-out cards {name}: class and count {counted:.3f}, colour too {coloured:.3f}"
         )
 
 

@@ -312,7 +312,7 @@ def make_clip(tokenizer, train):
 
 
 def similar_cards(random_card, rng, count=48):
-    """So many cards, or a few less; half of the time all on one ground, so that only content tells them apart."""
+    """At most so many cards; half of the time all on one ground, so that only content tells them apart."""
     drawn = [random_card(rng) for _ in range(count)]
     if rng.random() < 0.5:
         ground = dict(colour=drawn[0].colour, pattern=drawn[0].pattern)

@@ -46,7 +46,7 @@ def read_cards(pictures, shapes):
 
 
 def rendered_shapes(radius=0):
-    """(pictures, their shapes) of the 300 held-out cards with shapes, twice each, blurred by so many pixels."""
+    """(pictures, their shapes) of the 300 held-out cards with shapes, twice each; radius: of a blur."""
     rng, pictures, shapes = random.Random(0), [], []
     for prompt in 2 * cards.shape_splits()[1]:
         card = cards.parse(prompt)

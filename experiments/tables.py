@@ -44,9 +44,9 @@ def columns(path, where=lambda row: True):
     return {name: np.array([float(row[name]) for row in rows]) for name in names}
 
 
-def ends(runs, name):
+def ends(runs, name, digits=3):
     """Means over runs of a column of their evaluations, before and after: two cells."""
-    return [f"{statistics.mean(run[name][place] for run in runs):.3f}" for place in (0, -1)]
+    return [f"{statistics.mean(run[name][place] for run in runs):.{digits}f}" for place in (0, -1)]
 
 
 def base_deviation(folder, reward):
@@ -86,13 +86,14 @@ def table_of_default_runs():
         gains = [run["proxy"][-1] - run["proxy"][0] for run in runs]
         deviations = [base_deviation(folder, REWARD[task]) for folder in folders]
         relative = [gain / deviation for gain, deviation in zip(gains, deviations, strict=True)]
+        digits = 4 if task == "pickscore" else 3  # its scores are small
         strict = ends(runs, STRICT) if task == "geneval" else ["", ""]
         seconds = [about(folder)["seconds"] for folder in folders]
         seconds = [s for s in seconds if s is not None]  # None: it was stopped in between
         minutes = f"{statistics.mean(seconds) / 60:.0f}" if seconds else ""
         rows.append([
-            f"`{task}`", f"`{model}`", str(len(runs)), f"{runs[0]['update'][-1]:.0f}", *ends(runs, "proxy"),
-            spread(gains, sign="+"), spread(relative, 2, "+"), *strict, *ends(runs, "cards"), minutes])
+            f"`{task}`", f"`{model}`", str(len(runs)), f"{runs[0]['update'][-1]:.0f}", *ends(runs, "proxy", digits),
+            spread(gains, digits, "+"), spread(relative, 2, "+"), *strict, *ends(runs, "cards"), minutes])
     return table(["task", "model", "seeds", "updates", "reward, base", "after", "gain", "gain in deviations",
                   "strict, base", "after", "gold, base", "after", "minutes"], rows)
 

@@ -97,10 +97,13 @@ def check_pickscore(count=400):
         images = [image for _, two in pairs for image in two]
         gold = np.array([judges.gold(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
         scores = np.array(score(images, prompts, [{}] * len(images)))
+        overall = np.std(scores)
         gold, scores = np.diff(gold.reshape(-1, 2)).ravel(), np.diff(scores.reshape(-1, 2)).ravel()
         clear = np.abs(gold) > 0.1
         agree = ((gold > 0) == (scores > 0))[clear]
         print(f"pickscore, unseen pairs {name}: agrees on {mean(agree):.3f} of {clear.sum()} clear ones")
+        within = np.sqrt(np.mean(scores**2) / 2)  # half of the squared difference is the variance of two
+        print(f"    deviation of the scores: {overall:.4f}, within a prompt {within:.4f}")
 
 
 def check_pipeline(name, count=128):

@@ -92,8 +92,9 @@ def table_of_default_runs():
         seconds = [s for s in seconds if s is not None]  # None: it was stopped in between
         minutes = f"{statistics.mean(seconds) / 60:.0f}" if seconds else ""
         rows.append([
-            f"`{task}`", f"`{model}`", str(len(runs)), f"{runs[0]['update'][-1]:.0f}", *ends(runs, "proxy", digits),
-            spread(gains, digits, "+"), spread(relative, 2, "+"), *strict, *ends(runs, "cards"), minutes])
+            f"`{task}`", f"`{model}`", str(len(runs)), f"{runs[0]['update'][-1]:.0f}",
+            *ends(runs, "proxy", digits), spread(gains, digits, "+"), spread(relative, 2, "+"),
+            *strict, *ends(runs, "cards"), minutes])
     return table(["task", "model", "seeds", "updates", "reward, base", "after", "gain", "gain in deviations",
                   "strict, base", "after", "gold, base", "after", "minutes"], rows)
 

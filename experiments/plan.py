@@ -2,6 +2,9 @@
 
     python experiments/plan.py --model flux.1-dev --micro_batch 8 --offload --grad_checkpoint
     ... --csv                  # keeps the numbers as a column of plan.csv, the table of README.md
+    ... --measure              # does one update, with random weights, and prints planned beside measured
+    ... --measure --layers 1   # with so many of T5's 24 layers, where memory is short
+    ... --measure --csv        # keeps that as a column of measured.csv
 
 Every flag of guard.py is taken and means the same. The models are built from their true configurations, first
 on torch's meta device and then as fake tensors, which have shapes and types but no numbers, and go through
@@ -9,22 +12,31 @@ guard.py's own code. `Counter` counts the bytes of all tensors that are alive at
 matrix product, convolution and attention, two per multiply-add. The fake tensors are CPU ones: attention is
 the fused kernel, which keeps no B x heads x L x L matrix, as on a GPU. Of the reward models the weights are
 counted and nothing else. Not in: the workspace of kernels and fragmentation (see SPARE).
+
+What is measured is one prompt's group, by guard.py's own functions, on the GPU if there is one. Weights are
+random, so the pictures are noise, but bytes, time and kernels are those of the true model.
 """
 
 import argparse
 import contextlib
+import ctypes
 import math
 import os
 import sys
+import tempfile
+import threading
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all that is fake is on the CPU; said before torch is imported
+if "--measure" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is fake is on the CPU; said before torch is imported
 
 import diffusers
+import psutil
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,25 +107,41 @@ REWARD_MODELS = {  # reward -> its models, which rewards.py loads in fp32
 # The models
 
 
-def pipeline(model):
-    """The diffusers pipeline of TRUE[model] on the meta device, in fp32, with small stand-in tokenizers."""
-    config = TRUE[model]
+def pipeline(model, layers, dtype, device, resting):
+    """The diffusers pipeline of TRUE[model] with random weights and small stand-in tokenizers.
+
+    layers: of T5; dtype: as for `cast`; device: of the transformer; resting: of the encoders and the VAE.
+    """
+    config, flux = TRUE[model], model == "flux.1-dev"
     clip, t5 = make.clip_tokenizer(), make.t5_tokenizer()
     clip.model_max_length, t5.model_max_length = 77, 512  # CLIP's and T5's own; guard cuts T5's to 128
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config["scheduler"])
-    with torch.device("meta"):
+    with building(resting, dtype["vae"]):
         vae = diffusers.AutoencoderKL(**config["vae"])
-        t5_xxl = transformers.T5EncoderModel(transformers.T5Config(**T5_XXL))
-        if model == "flux.1-dev":
-            clip_l = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
+    with building(resting, dtype["default"]):
+        t5_xxl = transformers.T5EncoderModel(transformers.T5Config(**T5_XXL | dict(num_layers=layers)))
+        kind = transformers.CLIPTextModel if flux else transformers.CLIPTextModelWithProjection
+        clip_l = kind(transformers.CLIPTextConfig(**CLIP_L))
+        clip_g = None if flux else kind(transformers.CLIPTextConfig(**CLIP_G))
+    with building(device, dtype["default"]):
+        if flux:
             transformer = diffusers.FluxTransformer2DModel(**config["transformer"])
             return diffusers.FluxPipeline(scheduler, vae, clip_l, clip, t5_xxl, t5, transformer)
-        clip_l, clip_g = (
-            transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**size))
-            for size in (CLIP_L, CLIP_G))
         transformer = diffusers.SD3Transformer2DModel(**config["transformer"])
     return diffusers.StableDiffusion3Pipeline(
         transformer, scheduler, vae, clip_l, clip, clip_g, clip, t5_xxl, t5)
+
+
+@contextlib.contextmanager
+def building(device, dtype):
+    """Modules that are made meanwhile are there and of that precision."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def cast(pipe, dtype):
@@ -128,28 +156,35 @@ def cast(pipe, dtype):
     return pipe
 
 
-def load(args):
-    """guard.load_backbone(args), with fake tensors for weights."""
+def load(args, layers=24):
+    """guard.load_backbone(args), with fake tensors for weights. layers: of T5."""
+    with mock.patch.object(guard, "DEVICE", torch.device("meta")):
+        return fake(load_random(replace(args, offload=False), layers))
+
+
+def load_random(args, layers):
+    """guard.load_backbone(args), with random weights, on guard.DEVICE."""
     if args.model not in TRUE:
         raise BadInput(f"--model {args.model}: expected {' or '.join(TRUE)}")
+    resting = "cpu" if args.offload else guard.DEVICE
 
     def from_pretrained(*_, dtype, **__):
-        return cast(pipeline(args.model), dtype)
+        return cast(pipeline(args.model, layers, dtype, guard.DEVICE, resting), dtype)
 
-    with (
-        mock.patch.object(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained),
-        mock.patch.object(guard, "DEVICE", torch.device("meta")),
-    ):
-        return fake(guard.load_backbone(replace(args, offload=False)))
+    with mock.patch.object(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained):
+        return guard.load_backbone(args)
 
 
 def fake(backbone):
     """In place, fake CPU tensors for all weights. From then on it runs in `faking` only."""
+    fakes = {}  # of every weight; T5's embeddings are one that is in two places
     with faking():
         for module in (backbone.transformer, backbone.encoders, backbone.pipe.vae):
             for part in module.modules():
                 for name, p in part.named_parameters(recurse=False):
-                    part._parameters[name] = torch.nn.Parameter(fresh(p), p.requires_grad)
+                    if p not in fakes:
+                        fakes[p] = torch.nn.Parameter(fresh(p), p.requires_grad)
+                    part._parameters[name] = fakes[p]
                 for name, buffer in part.named_buffers(recurse=False):
                     part._buffers[name] = fresh(buffer)
         backbone.empty = tuple(fresh(part) for part in backbone.empty)
@@ -233,7 +268,7 @@ def counted(function, *args):
     return value, dict(peak=counter.peak, left=counter.live, flops=counter.flops)
 
 
-def measure(backbone, args):
+def count_slice(backbone, args):
     """One slice through encode, sample (two steps), decode and the update: {phase: as `counted`}.
 
     Also "state": what Policy holds when it has made an update; and "tensors": what a test may look at.
@@ -277,8 +312,8 @@ def trained_policy(backbone, args):
 
 def plan(backbone, args):
     """All numbers of a run by one process: bytes, FLOPs, and the peak of each phase."""
-    with faking():
-        count = measure(backbone, args)
+    with faking(), mock.patch.object(guard, "DEVICE", torch.device("cpu")):
+        count = count_slice(backbone, args)
     images = args.groups * args.group_size
     trained = args.sde_window or args.steps - 1
     lora = sum(p.numel() for p in backbone.transformer.parameters() if p.requires_grad)
@@ -357,6 +392,140 @@ def rows(it, tflops):
     return list(found.items())
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Measured
+
+
+def in_use():
+    """Bytes: of the GPU's tensors, or of this process."""
+    return torch.cuda.memory_allocated() if guard.ON_GPU else psutil.Process().memory_info().rss
+
+
+def watched(function, *args):
+    """The function's value, and dict(peak=bytes in use at most, seconds) of calling it."""
+    if guard.ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    seen, done = [in_use()], threading.Event()
+
+    def look():
+        while not done.wait(0.002):
+            seen.append(in_use())
+
+    looking, started = threading.Thread(target=look), time.perf_counter()
+    looking.start()
+    try:
+        value = function(*args)
+        if guard.ON_GPU:
+            torch.cuda.synchronize()
+            seen.append(torch.cuda.max_memory_allocated())
+    finally:
+        done.set()
+        looking.join()
+    return value, dict(peak=max(seen), seconds=time.perf_counter() - started)
+
+
+def one_group(args):
+    """The settings of a run with one prompt, one update and one picture in an evaluation, by this process."""
+    size = max(2, args.micro_batch)
+    return replace(args, groups=1, group_size=size, updates_per_epoch=1, eval_prompts=1, gold=[],
+                   eval_steps=args.steps)
+
+
+def check_room(planned):
+    """Raises BadInput, before anything is allocated."""
+    free = torch.cuda.mem_get_info()[0] if guard.ON_GPU else psutil.virtual_memory().available
+    if planned["total"] > free:
+        raise BadInput(f"this needs {planned['total'] / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; try "
+                       "--offload --grad_checkpoint, a smaller --micro_batch or --resolution, or --layers 1")
+
+
+def measure(args, layers):
+    """A group through sampling, update, checkpoint, resume and evaluation: {phase: as `watched`}.
+
+    Everything is done twice and the second time is measured: in the first one memory and kernels are warmed
+    up and AdamW's state is made. Peaks are over what was in use before the model was loaded.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed leaves the process at once
+    before = in_use()
+    backbone = load_random(args, layers)
+    policy = guard.Policy(backbone, args)
+    steps = guard.schedule(backbone.sigmas(args.steps), args.eta, args.sde, guard.noisy_steps(args, 0))
+    advantage = torch.linspace(-1, 1, args.group_size)[None]  # as if the later pictures were better
+    found = {}
+    for _ in range(2):
+        texts, found["encode"] = watched(backbone.encode, ["a prompt"])
+        slices = []
+        for numbers in torch.arange(args.group_size).split(args.micro_batch):
+            keys = [(args.seed, 0, 0, number) for number in numbers.tolist()]
+            of_slice = [texts["a prompt"]] * len(keys)
+            (x, kept), found["sample"] = watched(guard.sample, backbone, steps, of_slice, keys)
+            images, found["decode"] = watched(backbone.decode, x)
+            kept = [tensors.to(backbone.resting) for tensors in kept]
+            slices.append(guard.Slice(numbers.tolist(), keys, of_slice, images, kept))
+        update = guard.update, backbone, policy, args, steps, slices, advantage, range(1)
+        line, found["train"] = watched(*update)
+        found.setdefault("first", line)
+    policy.update_average(1)
+    found["checkpoint"] = checkpoint_and_resume(backbone, policy, args)
+    scorers = guard.Scorers([args.reward], guard.DEVICE, backbone.patch)
+    _, found["evaluate"] = watched(guard.evaluate, backbone, policy, args, scorers, 1)
+    for phase in ("encode", "sample", "decode", "train", "evaluate"):
+        found[phase]["peak"] -= before
+    return found
+
+
+def checkpoint_and_resume(backbone, policy, args):
+    """Bytes of a checkpoint. Raises AssertionError where what is read back is not what was saved."""
+    (Path(args.run_dir) / "samples").mkdir(parents=True)
+    guard.log(args, kind="update")
+    guard.save_checkpoint(backbone, policy, args, 1)
+    saved = [p.detach().clone() for p in policy.params]
+    for p in policy.params:
+        p.data.zero_()
+    assert guard.load_checkpoint(policy, args) == 1
+    assert all(map(torch.equal, saved, policy.params))
+    return sum(path.stat().st_size for path in guard.checkpoints(args)[-1].iterdir())
+
+
+def matmul_peak(dtype, size=4096):
+    """FLOP/s of a large matrix product on this device: the best of five."""
+    a = torch.randn(size, size, device=guard.DEVICE, dtype=dtype)
+    return max(2 * size**3 / watched(torch.matmul, a, a)[1]["seconds"] for _ in range(5))
+
+
+def measured_rows(args, planned, found):
+    """[(what, value)] of a measurement beside its plan, as text."""
+    rows = [("device", torch.cuda.get_device_name() if guard.ON_GPU
+             else f"cpu, {torch.get_num_threads()} threads")]
+    for phase, size in planned["phases"].items():
+        peak = found[phase]["peak"]
+        rows.append((f"`{phase}`: planned, measured",
+                     f"{size / GIB:.2f}, {peak / GIB:.2f} GiB ({peak / size - 1:+.1%})"))
+    rows.append(("`evaluate`: measured", f"{found['evaluate']['peak'] / GIB:.2f} GiB"))
+    slices, trained = args.group_size // args.micro_batch, args.sde_window or args.steps - 1
+    forward = found["sample"]["seconds"] / args.steps
+    backward = found["train"]["seconds"] / (slices * trained)
+    flops, peak = planned["count"], matmul_peak(getattr(torch, args.dtype))
+    rows += [
+        ("a slice forward; forward and backward", f"{forward:.2f} s; {backward:.2f} s"),
+        ("the device's largest matrix product", f"{peak / 1e12:.2f} TFLOP/s"),
+        ("share of it, forward", f"{flops['sample']['flops'] / 2 / forward / peak:.0%}"),
+        ("share of it, forward and backward", f"{flops['train']['flops'] / backward / peak:.0%}"),
+        ("a checkpoint: planned, measured",
+         f"{planned['checkpoint'] / 1e9:.3f}, {found['checkpoint'] / 1e9:.3f} GB"),
+    ]
+    mean, deviation = (max(map(abs, found["first"][f"ratio_{name}"])) for name in ("mean", "std"))
+    rows.append(("first update: ratio - 1 and its deviation", f"{mean:.1e}, {deviation:.1e}"))
+    rows.append(("the clip range", f"{args.clip:.1e}"))
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def resolve(argv):
     """guard.py's settings for its flags."""
     return guard.parse_args(argv)
@@ -365,14 +534,26 @@ def resolve(argv):
 def main():
     parser = argparse.ArgumentParser(description="All other flags are guard.py's.", allow_abbrev=False)
     parser.add_argument("--tflops", type=float, default=150, help="assumed 1e12 FLOP/s of a GPU")
-    parser.add_argument("--csv", action="store_true", help="keep the numbers as a column of plan.csv")
+    parser.add_argument("--csv", action="store_true", help="keep the numbers as a column of a CSV")
+    parser.add_argument("--measure", action="store_true", help="do one update, with random weights")
+    parser.add_argument("--layers", type=int, default=24, help="of T5")
     own, argv = parser.parse_known_args()
     args = resolve(argv)
-    found = rows(plan(load(args), args), own.tflops)
+    name, column = "plan.csv", " ".join(argv).removeprefix("--model ")
+    if own.measure:
+        name, args = "measured.csv", one_group(args)
+        planned = plan(load(args, own.layers), args)
+        check_room(planned)
+        torch.set_float32_matmul_precision("high" if guard.ON_GPU else "highest")  # as guard.main does
+        with tempfile.TemporaryDirectory() as folder:
+            args.run_dir = folder
+            found = measured_rows(args, planned, measure(args, own.layers))
+    else:
+        found = rows(plan(load(args, own.layers), args), own.tflops)
     for what, value in found:
         print(f"{what:66} {value}")
     if own.csv:
-        path, column = HERE / "plan.csv", " ".join(argv).removeprefix("--model ")
+        path = HERE / name
         known = {row["what"]: row for row in read(path)} if path.exists() else {}
         write(path, [known.get(what, dict(what=what)) | {column: value} for what, value in found])
 

@@ -43,7 +43,7 @@ def tiny_task(prompts, reward, gold=(), **settings):
 TINY_BY_TASK = {
     "ocr": tiny_task("cards", "ocr"),
     "geneval": tiny_task("cards-geneval", "tiny-geneval", ["tiny-geneval-strict"], groups=32, lr=1e-3),
-    "pickscore": tiny_task("cards-pickscore", "tiny-pickscore", epochs=20, eval_every=10),
+    "pickscore": tiny_task("cards-pickscore", "tiny-pickscore"),
 }
 AT_LEAST = dict(steps=2, group_size=2, guidance=1, kl_beta=0, ema_decay=0, seed=0)  # other whole numbers: 1
 

@@ -540,6 +540,8 @@ def main():
     own, argv = parser.parse_known_args()
     args = resolve(argv)
     name, column = "plan.csv", " ".join(argv).removeprefix("--model ")
+    if own.layers != 24:
+        column += f" --layers {own.layers}"
     if own.measure:
         name, args = "measured.csv", one_group(args)
         planned = plan(load(args, own.layers), args)

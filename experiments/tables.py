@@ -166,6 +166,12 @@ def table_of_plan():
     return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
+def table_of_measured():
+    """The same of plan.py --measure."""
+    rows = read(HERE / "measured.csv")
+    return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
 TABLES = {name: function for name, function in globals().items() if name.startswith("table_of_")}
 
 

@@ -139,6 +139,69 @@ def test_a_model_without_a_configuration_is_refused():
         plan.load(plan.resolve(["--model", "tiny-sd3"]))
 
 
+def test_weights_that_two_modules_share_are_counted_once(run):
+    """T5's embeddings."""
+    t5 = run.backbone.encoders[-1]
+    assert t5.shared.weight is t5.encoder.embed_tokens.weight
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """SD3.5-M's configuration, with small numbers in it, and the flags of a small measurement."""
+    true = plan.TRUE["sd3.5-medium"]
+    sizes = dict(
+        num_layers=2,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        caption_projection_dim=128,
+        pooled_projection_dim=128,
+        dual_attention_layers=(0,),
+    )
+    monkeypatch.setitem(plan.TRUE, "sd3.5-medium", true | dict(
+        transformer=true["transformer"] | sizes, vae=true["vae"] | dict(block_out_channels=(32,) * 4)))
+    monkeypatch.setattr(plan, "CLIP_L", plan.clip_size(64, 2, 2, 64))
+    monkeypatch.setattr(plan, "CLIP_G", plan.clip_size(64, 2, 2, 64))
+    monkeypatch.setattr(plan, "T5_XXL", plan.T5_XXL | dict(d_model=64, d_kv=16, d_ff=128, num_heads=4))
+    return "--model sd3.5-medium --dtype float32 --guidance 1 --steps 3 --resolution 64 --layers 1".split()
+
+
+@pytest.mark.parametrize("micro_batch, size", [(1, 2), (3, 3)])
+def test_a_measurement_stands_beside_its_plan(small, tmp_path, monkeypatch, capsys, micro_batch, size):
+    """Whole path on small numbers: every phase, a checkpoint that is read back, and the first ratio."""
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    flags = ["--measure", "--csv", "--micro_batch", str(micro_batch), *small]
+    monkeypatch.setattr("sys.argv", ["plan.py", *flags])
+    monkeypatch.setattr(plan, "matmul_peak", lambda dtype: 1e12)
+    seen, measure = {}, plan.measure
+
+    def noting(args, layers):
+        seen.update(measure(args, layers), args=args)
+        return seen
+
+    monkeypatch.setattr(plan, "measure", noting)
+    plan.main()
+    assert seen["args"].group_size == size and seen["args"].groups == 1
+    lines = plan.read(tmp_path / "measured.csv")
+    _, column = lines[0]
+    assert column.endswith("--resolution 64 --layers 1")
+    rows = {line["what"]: line[column] for line in lines}
+    assert rows["first update: ratio - 1 and its deviation"] == "0.0e+00, 0.0e+00"
+    assert len(seen["first"]["ratio_mean"]) == 2 and seen["first"]["live"] == size
+    planned, saved = (float(part.split()[0]) for part in rows["a checkpoint: planned, measured"].split(", "))
+    assert saved == pytest.approx(planned, abs=1e-3)
+    for phase in ("encode", "sample", "decode", "train", "evaluate"):
+        assert 2**25 < seen[phase]["peak"] < 2**31 and seen[phase]["seconds"] > 0
+    assert "`train`: planned, measured" in capsys.readouterr().out
+
+
+def test_too_little_memory_is_one_line_before_anything_is_allocated(small, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan.py", "--measure", *small])
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
+    monkeypatch.setattr(plan, "measure", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(BadInput, match=r"needs 1\.\d GiB and 1\.0 GiB are free; try --offload"):
+        plan.main()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # FLUX against diffusers
 

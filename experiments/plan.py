@@ -467,6 +467,7 @@ def measure(args, layers):
         update = guard.update, backbone, policy, args, steps, slices, advantage, range(1)
         line, found["train"] = watched(*update)
         found.setdefault("first", line)
+    found["tokens"] = args.micro_batch * (math.prod(backbone.shape[1:]) // 4 + texts["a prompt"][0].shape[1])
     policy.update_average(1)
     found["checkpoint"] = checkpoint_and_resume(backbone, policy, args)
     scorers = guard.Scorers([args.reward], guard.DEVICE, backbone.patch)
@@ -510,6 +511,8 @@ def measured_rows(args, planned, found):
     flops, peak = planned["count"], matmul_peak(getattr(torch, args.dtype))
     rows += [
         ("a slice forward; forward and backward", f"{forward:.2f} s; {backward:.2f} s"),
+        ("tokens a second, image and text; the same", f"{found['tokens'] / forward:,.0f}; "
+                                                      f"{found['tokens'] / backward:,.0f}"),
         ("the device's largest matrix product", f"{peak / 1e12:.2f} TFLOP/s"),
         ("share of it, forward", f"{flops['sample']['flops'] / 2 / forward / peak:.0%}"),
         ("share of it, forward and backward", f"{flops['train']['flops'] / backward / peak:.0%}"),

@@ -3,7 +3,7 @@
     python experiments/plan.py --model flux.1-dev --micro_batch 8 --offload --grad_checkpoint
     ... --csv                  # keeps the numbers as a column of plan.csv, the table of README.md
     ... --measure              # does one update, with random weights, and prints planned beside measured
-    ... --measure --layers 1   # with so many of T5's 24 layers, where memory is short
+    ... --measure --encoders 1   # with so many of T5's 24 layers, where memory is short
     ... --measure --csv        # keeps that as a column of measured.csv
 
 Every flag of guard.py is taken and means the same. The models are built from their true configurations, first
@@ -437,7 +437,7 @@ def check_room(planned):
     free = torch.cuda.mem_get_info()[0] if guard.ON_GPU else psutil.virtual_memory().available
     if planned["total"] > free:
         raise BadInput(f"this needs {planned['total'] / GIB:.1f} GiB and {free / GIB:.1f} GiB are free; try "
-                       "--offload --grad_checkpoint, a smaller --micro_batch or --resolution, or --layers 1")
+                       "--offload --grad_checkpoint, smaller --micro_batch or --resolution, or --encoders 1")
 
 
 def measure(args, layers):
@@ -539,22 +539,22 @@ def main():
     parser.add_argument("--tflops", type=float, default=150, help="assumed 1e12 FLOP/s of a GPU")
     parser.add_argument("--csv", action="store_true", help="keep the numbers as a column of a CSV")
     parser.add_argument("--measure", action="store_true", help="do one update, with random weights")
-    parser.add_argument("--layers", type=int, default=24, help="of T5")
+    parser.add_argument("--encoders", type=int, default=24, help="of T5")
     own, argv = parser.parse_known_args()
     args = resolve(argv)
     name, column = "plan.csv", " ".join(argv).removeprefix("--model ")
-    if own.layers != 24:
-        column += f" --layers {own.layers}"
+    if own.encoders != 24:
+        column += f" --encoders {own.encoders}"
     if own.measure:
         name, args = "measured.csv", one_group(args)
-        planned = plan(load(args, own.layers), args)
+        planned = plan(load(args, own.encoders), args)
         check_room(planned)
         torch.set_float32_matmul_precision("high" if guard.ON_GPU else "highest")  # as guard.main does
         with tempfile.TemporaryDirectory() as folder:
             args.run_dir = folder
-            found = measured_rows(args, planned, measure(args, own.layers))
+            found = measured_rows(args, planned, measure(args, own.encoders))
     else:
-        found = rows(plan(load(args, own.layers), args), own.tflops)
+        found = rows(plan(load(args, own.encoders), args), own.tflops)
     for what, value in found:
         print(f"{what:66} {value}")
     if own.csv:

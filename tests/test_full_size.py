@@ -162,7 +162,7 @@ def small(monkeypatch):
     monkeypatch.setattr(plan, "CLIP_L", plan.clip_size(64, 2, 2, 64))
     monkeypatch.setattr(plan, "CLIP_G", plan.clip_size(64, 2, 2, 64))
     monkeypatch.setattr(plan, "T5_XXL", plan.T5_XXL | dict(d_model=64, d_kv=16, d_ff=128, num_heads=4))
-    return "--model sd3.5-medium --dtype float32 --guidance 1 --steps 3 --resolution 64 --layers 1".split()
+    return "--model sd3.5-medium --dtype float32 --guidance 1 --steps 3 --resolution 64 --encoders 1".split()
 
 
 @pytest.mark.parametrize("micro_batch, size", [(1, 2), (3, 3)])
@@ -183,7 +183,7 @@ def test_a_measurement_stands_beside_its_plan(small, tmp_path, monkeypatch, caps
     assert seen["args"].group_size == size and seen["args"].groups == 1
     lines = plan.read(tmp_path / "measured.csv")
     _, column = lines[0]
-    assert column.endswith("--resolution 64 --layers 1")
+    assert column.endswith("--resolution 64 --encoders 1")
     rows = {line["what"]: line[column] for line in lines}
     assert rows["first update: ratio - 1 and its deviation"] == "0.0e+00, 0.0e+00"
     assert len(seen["first"]["ratio_mean"]) == 2 and seen["first"]["live"] == size

@@ -274,15 +274,9 @@ def count_slice(backbone, args):
     Also "state": what Policy holds when it has made an update; and "tensors": what a test may look at.
     """
     steps = guard.schedule([1.0, 0.5, 0.0], args.eta, args.sde)
-    numbers = list(range(args.micro_batch))
-    keys = [(0, 0, 0, number) for number in numbers]
-    count = {}
-    policy, count["state"] = counted(trained_policy, backbone, args)
-    texts, count["encode"] = counted(backbone.encode, ["a prompt"])
-    texts = [texts["a prompt"]] * len(numbers)
-    (x, kept), count["sample"] = counted(guard.sample, backbone, steps, texts, keys)
-    pixels, count["decode"] = counted(backbone.decode, x)
-    piece = guard.Slice(numbers, keys, texts, pixels, kept)
+    policy, state = counted(trained_policy, backbone, args)
+    piece, x, count = draw_slice(counted, backbone, args, steps, range(args.micro_batch))
+    count["state"] = state
 
     def learn():
         loss = guard.slice_loss(backbone, args, steps[0], 0, piece, torch.ones(args.micro_batch))
@@ -294,8 +288,22 @@ def count_slice(backbone, args):
     loss, count["train"] = counted(learn)
     for hook in hooks:
         hook.remove()
-    tensors = dict(text=texts[0], x=x, kept=torch.stack(kept), pixels=pixels, loss=loss, touched=touched)
+    tensors = dict(text=piece.texts[0], x=x, kept=torch.stack(piece.kept), pixels=piece.images, loss=loss,
+                   touched=touched)
     return count | dict(tensors=tensors)
+
+
+def draw_slice(meter, backbone, args, steps, numbers):
+    """(Slice, its latents, {phase: what `meter` says of it}) of the samples of these numbers, of one prompt.
+
+    meter: `counted` or `watched`.
+    """
+    keys, found = [(args.seed, 0, 0, number) for number in numbers], {}
+    texts, found["encode"] = meter(backbone.encode, ["a prompt"])
+    texts = [texts["a prompt"]] * len(numbers)
+    (x, kept), found["sample"] = meter(guard.sample, backbone, steps, texts, keys)
+    pixels, found["decode"] = meter(backbone.decode, x)
+    return guard.Slice(list(numbers), keys, texts, pixels, kept), x, found
 
 
 def trained_policy(backbone, args):
@@ -455,19 +463,15 @@ def measure(args, layers):
     advantage = torch.linspace(-1, 1, args.group_size)[None]  # as if the later pictures were better
     found = {}
     for _ in range(2):
-        texts, found["encode"] = watched(backbone.encode, ["a prompt"])
         slices = []
         for numbers in torch.arange(args.group_size).split(args.micro_batch):
-            keys = [(args.seed, 0, 0, number) for number in numbers.tolist()]
-            of_slice = [texts["a prompt"]] * len(keys)
-            (x, kept), found["sample"] = watched(guard.sample, backbone, steps, of_slice, keys)
-            images, found["decode"] = watched(backbone.decode, x)
-            kept = [tensors.to(backbone.resting) for tensors in kept]
-            slices.append(guard.Slice(numbers.tolist(), keys, of_slice, images, kept))
+            piece, _, phases = draw_slice(watched, backbone, args, steps, numbers.tolist())
+            found |= phases
+            slices.append(piece._replace(kept=[tensors.to(backbone.resting) for tensors in piece.kept]))
         update = guard.update, backbone, policy, args, steps, slices, advantage, range(1)
         line, found["train"] = watched(*update)
         found.setdefault("first", line)
-    found["tokens"] = args.micro_batch * (math.prod(backbone.shape[1:]) // 4 + texts["a prompt"][0].shape[1])
+    found["tokens"] = args.micro_batch * (math.prod(backbone.shape[1:]) // 4 + piece.texts[0][0].shape[1])
     policy.update_average(1)
     found["checkpoint"] = checkpoint_and_resume(backbone, policy, args)
     scorers = guard.Scorers([args.reward], guard.DEVICE, backbone.patch)

@@ -160,16 +160,18 @@ def table_of_soak():
     return table(["killed while", "kills", "finished epochs done again"], rows)
 
 
-def table_of_plan():
-    """As plan.py wrote it, a column per command."""
-    rows = read(HERE / "plan.csv")
+def as_written(name):
+    """A CSV as plan.py wrote it, a column per command."""
+    rows = read(HERE / name)
     return table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def table_of_plan():
+    return as_written("plan.csv")
 
 
 def table_of_measured():
-    """The same of plan.py --measure."""
-    rows = read(HERE / "measured.csv")
-    return table(list(rows[0]), [list(row.values()) for row in rows])
+    return as_written("measured.csv")
 
 
 TABLES = {name: function for name, function in globals().items() if name.startswith("table_of_")}

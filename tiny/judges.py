@@ -274,6 +274,10 @@ def small_clip(tokenizer, image_size, patch, width, layers, seed):
     return CLIPModel(config), CLIPProcessor(images, tokenizer)
 
 
+def inputs_of(processor, texts, images):
+    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+
+
 def colour_example(shape, colour, rng):
     """A PIL image of one shape cut out as GenEval does: its box, with the gray #999 around its rough mask."""
     ground, pattern = cards.random_ground(rng)
@@ -300,8 +304,7 @@ def make_clip(tokenizer, train):
         rng = random.Random(step)
         images = [colour_example(shape, colour, rng) for shape, colour in pairs]
         texts = [f"a {colour} {shape}" for shape, colour in pairs]
-        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
-        return model(**inputs, return_loss=True).loss
+        return model(**inputs_of(processor, texts, images), return_loss=True).loss
 
     train("clip", model.train(), 1500, 2e-3, loss_of)
     return model.eval(), processor
@@ -404,8 +407,7 @@ def make_pickscore_clip(tokenizer, train, random_card):
         chosen = similar_cards(random_card, rng)
         images = [cards.as_image(worn(cards.draw_at_random(card, rng), rng)) for card in chosen]
         texts = [str(card) for card in chosen]
-        inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
-        return model(**inputs, return_loss=True).loss
+        return model(**inputs_of(processor, texts, images), return_loss=True).loss
 
     train("pickscore-clip", model.train(), 1500, 1e-3, contrast)
     return model, processor
@@ -422,7 +424,7 @@ def make_pickscore(tokenizer, train, random_card, drawn):
         chosen = random.Random(step).sample(range(PAIRS), 32)
         prompts = [pairs[index][0] for index in chosen]
         images = [image for index in chosen for image in pairs[index][1]]
-        output = model(**processor(text=prompts, images=images, padding=True, return_tensors="pt"))
+        output = model(**inputs_of(processor, prompts, images))
         rows = torch.arange(len(chosen))
         logits = [output.logits_per_text[rows, 2 * rows + which] for which in (0, 1)]  # (B,) each
         wanted = torch.tensor([labels[index] for index in chosen])

@@ -6,8 +6,8 @@
 A run is one single-threaded process of guard.py as it stands, in experiments/runs/NAME. When it is done, its
 numbers are written to experiments/results/NAME/ as CSV. Stop this at any time: started again it goes on from
 every run's last checkpoint. Two things are recorded beside metrics.jsonl, by wrapping functions of guard.py:
-the scores of each held-out prompt at the first and the last evaluation, and rho of each sample in the runs
-and epochs of the main README's figure of the ratio.
+the scores of each held-out prompt at every evaluation, and rho of each sample in the runs and epochs of the
+main README's figure of the ratio.
 """
 
 import argparse
@@ -31,17 +31,52 @@ TABLE = {
     "ratio": {"flow-grpo": "--task ocr --model tiny-sd3 --method flow-grpo"},
 }
 SEEDS = {"default": (0, 1, 2), "ratio": (0,)}
+# The study: its plan is in LOG.md, which says what every group is for.
+OCR, LRS = "--task ocr --model tiny-sd3", (2.2e-4, 6.7e-4, 2e-3)
+CLIPS = {"guard": (2.3e-5, 7e-5, 2.1e-4), "flow-grpo": (1.1e-3, 2.2e-4, 4.4e-5)}  # each method's preset first
+SHORT, LONG = "--epochs 10 --eval_every 2", "--epochs 15 --eval_every 3"
+TABLE["frontier"] = {
+    f"{method}-lr{lr:g}-clip{clip:g}": f"{OCR} --method {method} --lr {lr:g} --clip {clip:g} {SHORT}"
+    for lr in (6.7e-4, 2e-3, 2.2e-4) for place in range(3) for method in CLIPS for clip in [CLIPS[method][place]]}
+SEEDS["frontier"] = (20,)
+TABLE["main"] = {
+    "main-guard": f"{OCR} --lr 6.7e-4 {LONG}",
+    "main-flow-grpo": f"{OCR} --method flow-grpo --lr 6.7e-4 {LONG}",
+    "main-flow-grpo-3lr": f"{OCR} --method flow-grpo --lr 2e-3 {SHORT}",
+}
+SEEDS["main"] = (21, 22, 23, 24, 25)
+for group, rows in {
+    "cost": {
+        "window-3": f"{OCR} --lr 6.7e-4 --sde_window 3 {LONG}",
+        "steps-6": f"{OCR} --lr 6.7e-4 --steps 6 {LONG}"},
+    "dance": {
+        f"dance-{method}": f"--task ocr --model tiny-flux --sde dance --method {method} --lr 6.7e-4 {SHORT}"
+        for method in ("flow-grpo", "guard")},
+    "ablation": {
+        method: f"{OCR} --method {method} --lr 6.7e-4 {SHORT}"
+        for method in ("temp-reweight", "mean-revised", "rationorm")},
+    "kl": {
+        f"kl-{method}": f"{OCR} --method {method} --kl_beta 0.04 --lr 6.7e-4 {SHORT}" for method in CLIPS},
+    "cps": {
+        f"cps-{method}": f"{OCR} --sde cps --method {method} --lr 6.7e-4 {SHORT}" for method in CLIPS},
+    "pickscore": {
+        "pickscore-flow-grpo": "--task pickscore --model tiny-sd3 --method flow-grpo",
+        "pickscore-dance-flow-grpo": "--task pickscore --model tiny-flux --sde dance --method flow-grpo",
+        "pickscore-dance-guard": "--task pickscore --model tiny-flux --sde dance"},
+}.items():
+    TABLE[group], SEEDS[group] = rows, (21, 22, 23)
+SEEDS["pickscore"] = SEEDS["default"]
 GUARD, BASELINE = "ocr-tiny-sd3-s0", "flow-grpo-s0"  # the two runs whose samples' rho is kept
 RATIO_EPOCHS = range(3, 100)  # of these, once the runs are under way
 
 
 def all_runs():
-    """Name -> (group, label, flags), in the order in which they are run: a label's seeds, then the next's."""
+    """Name -> (group, label, flags), in the order in which they are run: all of a group's first seed first."""
     return {
-        f"{label}-s{seed}": (group, label, f"{given} --keep 1 --seed {seed}")
+        f"{label}-s{seed}": (group, label, f"{given} --keep {20 if group == 'main' else 1} --seed {seed}")
         for group, rows in TABLE.items()
-        for label, given in rows.items()
         for seed in SEEDS[group]
+        for label, given in rows.items()
     }
 
 
@@ -53,7 +88,7 @@ def record(guard, folder, with_rho):
     """Wrap guard's functions, so that they leave scores.csv and perhaps rho.csv in the run's folder."""
     load, evaluate, slice_loss, train_epoch = (
         guard.rewards.load, guard.evaluate, guard.slice_loss, guard.train_epoch)
-    noted, now = {}, {}  # prompt -> its row of scores.csv; the epoch
+    noted, now = {}, {}  # prompt -> its row of scores.csv, with its place in the held-out set; the epoch
 
     def noting_load(name, *rest):
         scorer = load(name, *rest)
@@ -61,7 +96,7 @@ def record(guard, folder, with_rho):
         def score(images, prompts, metadata):
             values = scorer(images, prompts, metadata)
             for prompt, value in zip(prompts, values, strict=True):
-                noted.setdefault(prompt, dict(prompt=prompt))[name] = f"{value:.4f}"
+                noted.setdefault(prompt, dict(prompt=len(noted)))[name] = f"{value:.4f}"
             return values
 
         return score
@@ -69,9 +104,9 @@ def record(guard, folder, with_rho):
     def noting_evaluate(backbone, policy, args, scorers, updates):
         noted.clear()  # what the epochs before have noted
         evaluate(backbone, policy, args, scorers, updates)
-        if updates in (0, args.epochs * args.updates_per_epoch):
-            rows = [dict(update=updates) | row for row in noted.values()]
-            write(folder / "scores.csv", rows, append=updates > 0)
+        parts = {f"cards-{part}" for part in guard.rewards.CARD_PARTS} - {args.reward}  # means are in evals.csv
+        rows = [dict(update=updates) | {k: v for k, v in row.items() if k not in parts} for row in noted.values()]
+        write(folder / "scores.csv", rows, append=updates > 0)
 
     def noting_epoch(backbone, policy, args, epoch, *rest):
         now["epoch"] = epoch
@@ -138,7 +173,7 @@ def collect(name, seconds):
     evals, updates = [], []
     for line in lines:
         if line["kind"] == "eval":
-            row = dict(update=line["update"], proxy=line["proxy"]) | line["gold"]
+            row = dict(update=line["update"], proxy=line["proxy"]) | line["gold"] | line["looks"]
             evals.append(row | dict(kl_to_base=line["kl_to_base"]))
         if line["kind"] == "update":
             whole = {key: line[key] for key in ("update", "first", "live", "grad_norm")}

@@ -117,8 +117,9 @@ def test_what_the_algebra_says_of_the_gradients():
 
 def test_a_run_of_the_table_is_a_command_of_guard_py():
     names = list(run.all_runs())
-    assert len(names) == 19 and {run.GUARD, run.BASELINE} <= set(names)
-    assert names[2:4] == ["ocr-tiny-sd3-s2", "geneval-tiny-sd3-s0"] and names[9] == "ocr-tiny-flux-s0"
+    assert len(names) == 94 and {run.GUARD, run.BASELINE} <= set(names)
+    assert names[1:7:5] == ["geneval-tiny-sd3-s0", "ocr-tiny-sd3-s1"] and names[18] == run.BASELINE
+    assert names[37:40] == ["main-guard-s21", "main-flow-grpo-s21", "main-flow-grpo-3lr-s21"]
     for name, (group, label, given) in run.all_runs().items():
         args = guard.parse_args([*given.split(), "--run_dir", "runs/none"])
         preset = guard.parse_args(["--task", args.task, "--model", args.model, "--run_dir", "runs/none"])
@@ -155,7 +156,7 @@ def test_a_run_leaves_its_numbers(tmp_path, monkeypatch, small):
     assert about["command"] == f"guard.py {small}" and about["seconds"] > 0
     assert about["settings"] == dict(method="guard", lr=2e-3, clip=2.3e-5, epochs=1, updates_per_epoch=2)
     evals, scores, rho = (run.read(results / f"{name}.csv") for name in ("evals", "scores", "rho"))
-    assert list(evals[0]) == ["update", "proxy", "cards", "kl_to_base"]
+    assert list(evals[0]) == ["update", "proxy", "cards", *guard.rewards.LOOKS, "kl_to_base"]
     assert [row["update"] for row in evals] == ["0", "2"] and len(scores) == 6
     for row in evals:
         for name, reward in (("proxy", "cards-colour"), ("cards", "cards")):
@@ -173,7 +174,7 @@ def test_an_evaluation_done_again_after_a_stop_counts_once(tmp_path, small):
     settings = dict(method="guard", lr=1.0, clip=1.0, epochs=1, updates_per_epoch=2, prompts="elsewhere")
     (folder / "config.json").write_text(json.dumps(dict(commit="c", args=settings)))
     step = dict.fromkeys(("ratio_mean", "ratio_std", "clip_high", "clip_low", "blocked"), [0.0])
-    lines = [dict(kind="eval", update=0, proxy=0.5, gold=dict(cards=0.25), kl_to_base=0),
+    lines = [dict(kind="eval", update=0, proxy=0.5, gold=dict(cards=0.25), looks={}, kl_to_base=0),
              dict(kind="update", update=1, first=True, live=4, grad_norm=1.0) | step]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for update in (0, 2, 2):

@@ -25,27 +25,22 @@ RUNS, RESULTS = HERE / "runs", HERE / "results"
 sys.path.insert(0, str(HERE.parent))
 
 TASKS, MODELS = ("ocr", "geneval", "pickscore"), ("tiny-sd3", "tiny-flux")
-# Group -> label -> flags. All else is what guard.py's presets say.
+OCR = "--task ocr --model tiny-sd3"
+SHORT, LONG = "--epochs 10 --eval_every 2", "--epochs 15 --eval_every 3"
+LRS = (6.7e-4, 2e-3, 2.2e-4)
+CLIPS = {"guard": (2.3e-5, 7e-5, 2.1e-4), "flow-grpo": (1.1e-3, 2.2e-4, 4.4e-5)}  # each method's preset first
+# Group -> label -> flags. All else is what guard.py's presets say. LOG.md says what the groups are for.
 TABLE = {
     "default": {f"{task}-{model}": f"--task {task} --model {model}" for model in MODELS for task in TASKS},
-    "ratio": {"flow-grpo": "--task ocr --model tiny-sd3 --method flow-grpo"},
-}
-SEEDS = {"default": (0, 1, 2), "ratio": (0,)}
-# The study: its plan is in LOG.md, which says what every group is for.
-OCR, LRS = "--task ocr --model tiny-sd3", (2.2e-4, 6.7e-4, 2e-3)
-CLIPS = {"guard": (2.3e-5, 7e-5, 2.1e-4), "flow-grpo": (1.1e-3, 2.2e-4, 4.4e-5)}  # each method's preset first
-SHORT, LONG = "--epochs 10 --eval_every 2", "--epochs 15 --eval_every 3"
-TABLE["frontier"] = {
-    f"{method}-lr{lr:g}-clip{clip:g}": f"{OCR} --method {method} --lr {lr:g} --clip {clip:g} {SHORT}"
-    for lr in (6.7e-4, 2e-3, 2.2e-4) for place in range(3) for method in CLIPS for clip in [CLIPS[method][place]]}
-SEEDS["frontier"] = (20,)
-TABLE["main"] = {
-    "main-guard": f"{OCR} --lr 6.7e-4 {LONG}",
-    "main-flow-grpo": f"{OCR} --method flow-grpo --lr 6.7e-4 {LONG}",
-    "main-flow-grpo-3lr": f"{OCR} --method flow-grpo --lr 2e-3 {SHORT}",
-}
-SEEDS["main"] = (21, 22, 23, 24, 25)
-for group, rows in {
+    "ratio": {"flow-grpo": f"{OCR} --method flow-grpo"},
+    "frontier": {
+        f"{method}-lr{lr:g}-clip{CLIPS[method][i]:g}":
+            f"{OCR} --method {method} --lr {lr:g} --clip {CLIPS[method][i]:g} {SHORT}"
+        for lr in LRS for i in range(3) for method in CLIPS},
+    "main": {
+        "main-guard": f"{OCR} --lr 6.7e-4 {LONG}",
+        "main-flow-grpo": f"{OCR} --method flow-grpo --lr 6.7e-4 {LONG}",
+        "main-flow-grpo-3lr": f"{OCR} --method flow-grpo --lr 2e-3 {SHORT}"},
     "cost": {
         "window-3": f"{OCR} --lr 6.7e-4 --sde_window 3 {LONG}",
         "steps-6": f"{OCR} --lr 6.7e-4 --steps 6 {LONG}"},
@@ -55,23 +50,21 @@ for group, rows in {
     "ablation": {
         method: f"{OCR} --method {method} --lr 6.7e-4 {SHORT}"
         for method in ("temp-reweight", "mean-revised", "rationorm")},
-    "kl": {
-        f"kl-{method}": f"{OCR} --method {method} --kl_beta 0.04 --lr 6.7e-4 {SHORT}" for method in CLIPS},
-    "cps": {
-        f"cps-{method}": f"{OCR} --sde cps --method {method} --lr 6.7e-4 {SHORT}" for method in CLIPS},
+    "kl": {f"kl-{method}": f"{OCR} --method {method} --kl_beta 0.04 --lr 6.7e-4 {SHORT}" for method in CLIPS},
+    "cps": {f"cps-{method}": f"{OCR} --sde cps --method {method} --lr 6.7e-4 {SHORT}" for method in CLIPS},
     "pickscore": {
         "pickscore-flow-grpo": "--task pickscore --model tiny-sd3 --method flow-grpo",
         "pickscore-dance-flow-grpo": "--task pickscore --model tiny-flux --sde dance --method flow-grpo",
         "pickscore-dance-guard": "--task pickscore --model tiny-flux --sde dance"},
-}.items():
-    TABLE[group], SEEDS[group] = rows, (21, 22, 23)
-SEEDS["pickscore"] = SEEDS["default"]
+}
+SEEDS = dict.fromkeys(TABLE, (21, 22, 23)) | dict(
+    default=(0, 1, 2), ratio=(0,), frontier=(20,), main=(21, 22, 23, 24, 25), pickscore=(0, 1, 2))
 GUARD, BASELINE = "ocr-tiny-sd3-s0", "flow-grpo-s0"  # the two runs whose samples' rho is kept
 RATIO_EPOCHS = range(3, 100)  # of these, once the runs are under way
 
 
 def all_runs():
-    """Name -> (group, label, flags), in the order in which they are run: all of a group's first seed first."""
+    """Name -> (group, label, flags), in the order in which they are run: a seed of all labels, then the next."""
     return {
         f"{label}-s{seed}": (group, label, f"{given} --keep {20 if group == 'main' else 1} --seed {seed}")
         for group, rows in TABLE.items()
@@ -104,8 +97,9 @@ def record(guard, folder, with_rho):
     def noting_evaluate(backbone, policy, args, scorers, updates):
         noted.clear()  # what the epochs before have noted
         evaluate(backbone, policy, args, scorers, updates)
-        parts = {f"cards-{part}" for part in guard.rewards.CARD_PARTS} - {args.reward}  # means are in evals.csv
-        rows = [dict(update=updates) | {k: v for k, v in row.items() if k not in parts} for row in noted.values()]
+        parts = {f"cards-{part}" for part in guard.rewards.CARD_PARTS} - {args.reward}  # see evals.csv
+        rows = [{k: v for k, v in row.items() if k not in parts} for row in noted.values()]
+        rows = [dict(update=updates) | row for row in rows]
         write(folder / "scores.csv", rows, append=updates > 0)
 
     def noting_epoch(backbone, policy, args, epoch, *rest):

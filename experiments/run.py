@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -64,7 +65,7 @@ RATIO_EPOCHS = range(3, 100)  # of these, once the runs are under way
 
 
 def all_runs():
-    """Name -> (group, label, flags), in the order in which they are run: a seed of all labels, then the next."""
+    """Name -> (group, label, flags), in the order of running: a seed of all labels, then the next."""
     return {
         f"{label}-s{seed}": (group, label, f"{given} --keep {20 if group == 'main' else 1} --seed {seed}")
         for group, rows in TABLE.items()
@@ -159,7 +160,8 @@ def read(path):
 def collect(name, seconds):
     """experiments/results/NAME: evals, updates (a row per denoising step), scores, rho, and run.json.
 
-    seconds: of the whole run with its evaluations; None if it was stopped in between.
+    seconds: of the whole run with its evaluations; None if it was stopped in between. epoch_seconds: the
+    median of its epochs, without evaluations.
     """
     folder, results = RUNS / name, RESULTS / name
     results.mkdir(parents=True, exist_ok=True)
@@ -183,6 +185,8 @@ def collect(name, seconds):
     config = json.loads((folder / "config.json").read_text())
     kept = ("method", "lr", "clip", "epochs", "updates_per_epoch")
     about = dict(command=f"guard.py {all_runs()[name][2]}", commit=config["commit"], seconds=seconds)
+    epochs = [sum(line["seconds"].values()) for line in lines if line["kind"] == "rollout"]
+    about["epoch_seconds"] = round(statistics.median(epochs), 1) if epochs else None
     about["settings"] = {key: config["args"][key] for key in kept}
     (results / "run.json").write_text(json.dumps(about, indent=2) + "\n")
 

@@ -1,0 +1,372 @@
+"""The study's tables: what a run loses in gold by the time it has gained so much in reward, and paired tests.
+
+    python experiments/study.py                # prints them all, from the CSVs in git alone
+
+A run's *gain* is its reward less that of its own first evaluation, on the same held-out prompts and noise. A
+table has no row for what has not been run. LOG.md has the plan, which was fixed before the runs.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from experiments.run import RESULTS, SEEDS, TABLE, read  # noqa: E402
+from experiments.tables import about, columns, table  # noqa: E402
+
+D, IMAGES = 512, 128  # dimensions of a latent of the tiny models; pictures an epoch
+FRONTIER_LEVELS, LEVELS, LEVEL = (0.075, 0.15), (0.125, 0.225), 0.15  # gains at which gold is read off
+SIDE_GAIN, TIE = 0.2, 0.005  # win, tie and lose: at the evaluations nearest to this gain
+FALL = 0.01  # of gold: a run that is over-optimized
+TAU = {"a tenth": 0.1, "a third": 1 / 3}
+LOOKS = ("brightness", "near_black", "near_white", "edges", "colours", "grid")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def runs_of(label):
+    """Seed -> folder of results, of a label's runs that are done."""
+    group = next(group for group, rows in TABLE.items() if label in rows)
+    folders = {seed: RESULTS / f"{label}-s{seed}" for seed in SEEDS[group]}
+    return {seed: folder for seed, folder in folders.items() if (folder / "run.json").exists()}
+
+
+def curve(folder):
+    """(update, gain in reward, change in gold) at every evaluation of a run, three arrays."""
+    evals = columns(folder / "evals.csv")
+    return evals["update"], evals["proxy"] - evals["proxy"][0], evals["cards"] - evals["cards"][0]
+
+
+def at_gain(folder, level):
+    """(updates, gold lost) where the gain first reaches a level, between two evaluations by a straight line.
+
+    None if it never does.
+    """
+    updates, gain, gold = curve(folder)
+    reached = np.flatnonzero(gain >= level)
+    if not len(reached):
+        return None
+    i = reached[0]
+    part = (level - gain[i - 1]) / (gain[i] - gain[i - 1])
+    return tuple(float(x[i - 1] + part * (x[i] - x[i - 1])) for x in (updates, -gold))
+
+
+def losses(label, level):
+    """Seed -> gold lost at a gain, of the runs that reach it."""
+    readings = {seed: at_gain(folder, level) for seed, folder in runs_of(label).items()}
+    return {seed: reading[1] for seed, reading in readings.items() if reading}
+
+
+def mean_of(values, digits=4):
+    """Mean ± standard error and how many there are; empty for none."""
+    values = list(values)
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f} ({len(values)})"
+
+
+def clipped(folder):
+    """Shares of samples outside the clip range and of blocked ones, over steps and later updates."""
+    steps = columns(folder / "updates.csv", lambda row: row["first"] == "False")
+    return (steps["clip_high"] + steps["clip_low"]).mean(), steps["blocked"].mean()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1 and 3. The frontier and the main comparison
+
+MAIN = ("main-guard", "main-flow-grpo", "main-flow-grpo-3lr")
+NAMES = {
+    "main-guard": "Guard, lr 6.7e-4",
+    "main-flow-grpo": "Flow-GRPO, lr 6.7e-4",
+    "main-flow-grpo-3lr": "Flow-GRPO, lr 2e-3",
+}
+
+
+def table_of_frontier():
+    """A run a setting: what is clipped, where it ends, what it has lost at two gains."""
+    rows = []
+    for label in TABLE["frontier"]:
+        for folder in runs_of(label).values():
+            settings, (_, gain, gold) = about(folder)["settings"], curve(folder)
+            lost = [losses(label, level).values() for level in FRONTIER_LEVELS]
+            rows.append([
+                f"`{settings['method']}`", f"{settings['lr']:g}", f"{settings['clip']:g}",
+                *(f"{share:.0%}" for share in clipped(folder)), f"{gain[-1]:+.3f}", f"{gold[-1]:+.4f}",
+                *(mean_of(values) for values in lost)])
+    lost = [f"gold lost at +{level:g}" for level in FRONTIER_LEVELS]
+    header = ["method", "lr", "clip", "outside", "blocked", "gain after 20 updates", "gold", *lost]
+    return table(header, sorted(rows, key=lambda row: (row[0], float(row[1]), float(row[2]))))
+
+
+def best_settings():
+    """Method -> label of its best setting: the smallest mean loss at both levels of the frontier."""
+    best = {}
+    for label in TABLE["frontier"]:
+        for folder in runs_of(label).values():
+            lost = [at_gain(folder, level) for level in FRONTIER_LEVELS]
+            if all(lost):
+                method = about(folder)["settings"]["method"]
+                best.setdefault(method, []).append((sum(loss for _, loss in lost) / 2, label))
+    return {method: min(found)[1] for method, found in best.items()}
+
+
+def summary(labels, levels, seeds=range(100)):
+    """Rows of runs, their ends and the gold lost at gains, means over seeds ± standard error (seeds)."""
+    rows = []
+    for label in labels:
+        folders = [folder for seed, folder in runs_of(label).items() if seed in seeds]
+        if folders:
+            ends = [curve(folder) for folder in folders]
+            lost = [[at_gain(folder, level) for folder in folders] for level in levels]
+            lost = [mean_of(reading[1] for reading in found if reading) for found in lost]
+            blocked = statistics.mean(clipped(folder)[1] for folder in folders)
+            rows.append([
+                NAMES.get(label, f"`{label}`"), str(len(folders)), f"{ends[0][0][-1]:.0f}", f"{blocked:.0%}",
+                f"{statistics.mean(gain[-1] for _, gain, _ in ends):+.3f}",
+                f"{statistics.mean(gold[-1] for _, _, gold in ends):+.4f}", *lost])
+    header = ["run", "seeds", "updates", "blocked", "gain", "gold", *(f"gold lost at +{x:g}" for x in levels)]
+    return table(header, rows)
+
+
+def table_of_main():
+    return summary(TABLE["main"], LEVELS)
+
+
+def pairs(a, b, level):
+    """Gold lost by a less that lost by b at a gain, a number a seed, and p of the paired t-test."""
+    one, other = losses(a, level), losses(b, level)
+    seeds = sorted(one.keys() & other.keys())
+    both = [one[seed] for seed in seeds], [other[seed] for seed in seeds]
+    p = ttest_rel(*both).pvalue if len(seeds) > 2 else float("nan")
+    return [x - y for x, y in zip(*both, strict=True)], p
+
+
+def table_of_pairs():
+    """The planned comparisons: negative numbers mean that Guard has lost less."""
+    rows = []
+    for a, b in (("main-guard", "main-flow-grpo"), ("main-guard", "main-flow-grpo-3lr")):
+        for level in LEVELS:
+            differences, p = pairs(a, b, level)
+            if differences:
+                less = sum(d < 0 for d in differences)
+                rows.append([f"{NAMES[a]} less {NAMES[b]}", f"+{level:g}", mean_of(differences),
+                             f"{less} of {len(differences)}", f"{p:.3f}"])
+    return table(["gold lost by", "at a gain of", "difference", "Guard lost less", "p"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4, 5 and 9. Variants, tasks, cost
+
+MINE = SEEDS["cost"]  # the seeds of all variants; of the main runs these alone stand beside them
+
+
+def table_of_variants():
+    """Ablation, KL and CPS on tiny-sd3, beside the main runs of the same seeds; DanceGRPO on tiny-flux."""
+    labels = [*MAIN[:2], *TABLE["ablation"], *TABLE["kl"], *TABLE["cps"], *TABLE["dance"]]
+    return summary(labels, [LEVEL], MINE)
+
+
+def table_of_cost():
+    """Images and seconds to a gain, and the gold lost there; means over the runs that reach it."""
+    rows = []
+    for label in ("main-guard", *TABLE["cost"]):
+        folders = [folder for seed, folder in runs_of(label).items() if seed in MINE]
+        if not folders:
+            continue
+        epoch = statistics.mean(about(folder)["epoch_seconds"] for folder in folders)
+        row = [NAMES.get(label, f"`{label}`"), str(len(folders)), f"{epoch:.1f}"]
+        for level in LEVELS:
+            found = [at_gain(folder, level) for folder in folders]
+            found = [reading for reading in found if reading]
+            epochs = [updates / 2 for updates, _ in found]
+            row += [mean_of((n * IMAGES for n in epochs), 0), mean_of((n * epoch for n in epochs), 0),
+                    mean_of(lost for _, lost in found)]
+        rows.append(row)
+    to = [f"{what} at +{level:g}" for level in LEVELS for what in ("images", "seconds", "gold lost")]
+    return table(["run", "seeds", "seconds an epoch", *to], rows)
+
+
+# Task, backbone -> labels without and with Guard.
+TASK_RUNS = {
+    ("ocr", "tiny-sd3, Flow-GRPO"): ("main-flow-grpo", "main-guard"),
+    ("geneval", "tiny-sd3, Flow-GRPO"): (None, "geneval-tiny-sd3"),
+    ("pickscore", "tiny-sd3, Flow-GRPO"): ("pickscore-flow-grpo", "pickscore-tiny-sd3"),
+    ("ocr", "tiny-flux, DanceGRPO"): ("dance-flow-grpo", "dance-guard"),
+    ("geneval", "tiny-flux, DanceGRPO"): (None, None),
+    ("pickscore", "tiny-flux, DanceGRPO"): ("pickscore-dance-flow-grpo", "pickscore-dance-guard"),
+}
+
+
+def table_of_tasks():
+    """The layout of the paper's Table 1: gains after 20 updates, without and with Guard."""
+    rows = []
+    for (task, backbone), labels in TASK_RUNS.items():
+        row = [f"`{task}`", backbone]
+        for label in labels:
+            folders = [] if label is None else [f for s, f in runs_of(label).items() if s not in (24, 25)]
+            # 20 updates: the main runs have more, and an evaluation after 18 and 24.
+            ends = [[np.interp(20, curve(f)[0], values) for values in curve(f)[1:]] for f in folders]
+            row += [mean_of([end[k] for end in ends]) for k in (0, 1)]
+        rows.append(row)
+    return table(["task", "model, baseline", "gain without Guard", "gold", "gain with Guard", "gold"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. The ratio and the gradient, by step
+
+
+def table_of_steps():
+    """Of second updates, means over them and over seeds: rho, its spread and what is outside, by step.
+
+    If the change of velocity does not depend on the noise, the variance of Flow-GRPO's log-ratio is
+    2 KL / D², with KL the step's, and E[ratio] = exp(-KL/D + KL/D²): so the spread foretells the mean.
+    """
+    rows, sides = [], {}
+    for label in MAIN[:2]:
+        found = [columns(f / "updates.csv", lambda row: row["first"] == "False") for f in runs_of(label).values()]
+        if not found:
+            return table(STEPS, [])
+        sides[label] = {name: np.concatenate([run[name] for run in found]) for name in found[0]}
+    for t in range(9):
+        baseline, guarded = ({name: x[side["step"] == t] for name, x in side.items()}
+                             for side in (sides[MAIN[1]], sides[MAIN[0]]))
+        kl = D**2 * baseline["ratio_std"] ** 2 / 2
+        foretold = np.expm1(-kl / D + kl / D**2).mean()
+        cells = [f"{baseline['ratio_mean'].mean():.1e}", f"{foretold:.1e}"]
+        for side in (baseline, guarded):
+            cells += [f"{side['ratio_std'].mean():.1e}"]
+            cells += [f"{side[name].mean():.1%}" for name in ("clip_high", "clip_low")]
+        rows.append([str(t), *cells[:5], f"{guarded['ratio_mean'].mean():.1e}", *cells[5:]])
+    return table(STEPS, rows)
+
+
+STEPS = ["step", "Flow-GRPO: mean", "foretold", "spread", "above", "below",
+         "Guard: mean", "spread", "above", "below"]
+
+
+def table_of_gradients():
+    """gradients.csv: largest over smallest norm of the gradient over the steps, by sampler and weight."""
+    path, rows = RESULTS / "gradients.csv", []
+    data = read(path) if path.exists() else []
+    for sde, weight in dict.fromkeys((row["sde"], row["weight"]) for row in data):
+        of_it = [row for row in data if (row["sde"], row["weight"]) == (sde, weight)]
+        ratios = []
+        for seed in dict.fromkeys(row["seed"] for row in of_it):
+            norms = [float(row["grad_norm"]) for row in of_it if row["seed"] == seed]
+            ratios.append(max(norms) / min(norms))
+        rows.append([f"`{sde}`", weight, mean_of(ratios, 1)])
+    return table(["sampler", "weight of a step", "largest / smallest gradient"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2, 7 and 8. Best of n, side by side, a second reader, looks
+
+
+def table_of_best_of_n():
+    rows = read(RESULTS / "best_of_n.csv")
+    base = rows[0]
+    return table(["n", "KL", "reward", "gain", "gold", "change"], [
+        [row["n"], row["kl"], row["proxy"], f"{float(row['proxy']) - float(base['proxy']):+.3f}",
+         row["gold"], f"{float(row['gold']) - float(base['gold']):+.4f}"] for row in rows])
+
+
+def nearest(folder, gain=SIDE_GAIN):
+    """(update, gain) of the evaluation nearest to a gain."""
+    updates, gains, _ = curve(folder)
+    i = abs(gains - gain).argmin()
+    return int(updates[i]), float(gains[i])
+
+
+def scores_at(folder, update):
+    """(reward, gold) of every held-out prompt, two arrays."""
+    scores = columns(folder / "scores.csv", lambda row: row["update"] == str(update))
+    return scores["ocr"], scores["cards"]
+
+
+def table_of_sides():
+    """Prompt by prompt, gold of Guard against Flow-GRPO at about equal reward, all seeds together."""
+    rows = []
+    for other in MAIN[1:]:
+        seeds = sorted(runs_of(MAIN[0]).keys() & runs_of(other).keys())
+        if not seeds:
+            continue
+        pairs = [[nearest(runs_of(label)[seed]) for label in (MAIN[0], other)] for seed in seeds]
+        gold = [[scores_at(runs_of(label)[seed], update)[1]
+                 for label, (update, _) in zip((MAIN[0], other), pair, strict=True)]
+                for seed, pair in zip(seeds, pairs, strict=True)]
+        difference = np.concatenate([guarded - baseline for guarded, baseline in gold])
+        shares = (difference > TIE).mean(), (abs(difference) <= TIE).mean(), (difference < -TIE).mean()
+        gains = [f"{statistics.mean(pair[k][1] for pair in pairs):+.3f}" for k in (0, 1)]
+        rows.append([NAMES[other], str(len(seeds)), *gains, *(f"{share:.0%}" for share in shares),
+                     f"{difference.mean():+.4f}"])
+    return table(["Guard against", "seeds", "its gain", "the other's", "win", "tie", "lose",
+                  "gold, Guard less the other"], rows)
+
+
+def table_of_readers():
+    """readers.csv: the reward as two engines see it, on words that were trained on and on others."""
+    path, rows = RESULTS / "readers.csv", []
+    data = read(path) if path.exists() else []
+    for label in dict.fromkeys(row["run"] for row in data):
+        of_it = [row for row in data if row["run"] == label]
+        cells = []
+        for name in ("rapidocr, seen", "rapidocr, unseen", "ddddocr, seen", "ddddocr, unseen"):
+            cells.append(mean_of((float(row[name]) for row in of_it), 3))
+        rows.append([NAMES.get(label, label), *cells])
+    return table(["pictures of", "RapidOCR, seen words", "unseen", "ddddocr, seen words", "unseen"], rows)
+
+
+def first_evaluation(values):
+    """Place of the first true one; None if there is none."""
+    found = np.flatnonzero(values)
+    return int(found[0]) if len(found) else None
+
+
+def table_of_looks():
+    """When a number warns, in runs on tiny-sd3 where gold falls by 0.01, and whether it does in the others."""
+    groups = ("frontier", "main", "cost", "ablation", "kl", "cps")
+    folders = [f for group in groups for label in TABLE[group] for f in runs_of(label).values()]
+    rows = []
+    for name in LOOKS:
+        for said, tau in TAU.items():
+            counts = dict.fromkeys(("before", "with", "after", "never", "false", "quiet"), 0)
+            for folder in folders:
+                evals = columns(folder / "evals.csv")
+                moved = abs(evals[name] - evals[name][0]) > tau * max(evals[name][0], 0.01)
+                warned, fell = first_evaluation(moved), first_evaluation(curve(folder)[2] <= -FALL)
+                counts[verdict(warned, fell)] += 1
+            rows.append([name, said, *map(str, counts.values())])
+    return table(["number", "threshold", "warns before", "at the same evaluation", "later", "never",
+                  "warns without a fall", "quiet without a fall"], rows)
+
+
+def verdict(warned, fell):
+    """warned, fell: the evaluation of each, or None."""
+    if fell is None:
+        return "quiet" if warned is None else "false"
+    if warned is None:
+        return "never"
+    return "before" if warned < fell else "with" if warned == fell else "after"
+
+
+TABLES = {name: function for name, function in globals().items() if name.startswith("table_of_")}
+
+
+def main():
+    for name, function in TABLES.items():
+        print(f"\n{name}\n\n{function()}")
+    print(best_settings())
+
+
+if __name__ == "__main__":
+    main()

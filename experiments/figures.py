@@ -18,11 +18,13 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from experiments import tables  # noqa: E402
-from experiments.run import BASELINE, GUARD, MODELS, RESULTS, TASKS, read  # noqa: E402
-from experiments.tables import about, columns, runs_of, spread  # noqa: E402
+from experiments import study, tables  # noqa: E402
+from experiments.run import BASELINE, CLIPS, GUARD, MODELS, RESULTS, TABLE, TASKS, read  # noqa: E402
+from experiments.study import MAIN, PRINTED  # noqa: E402
+from experiments.tables import about, columns, runs_of  # noqa: E402
 
 COLOURS = {"guard": "tab:blue", "flow-grpo": "tab:red", "rationorm": "tab:green"}
+COLOURS[PRINTED] = "tab:gray"
 
 
 def save(figure, name, dpi=80):
@@ -79,22 +81,22 @@ def write(axis, x, side, text):
 
 
 def gradient_norms():
-    """Figure 3: the gradient of an on-policy update by step; mean and range over seeds."""
+    """Figure 3: the gradient of an on-policy update by step; mean and range over seeds, two samplers."""
     path = RESULTS / "gradients.csv"
     if not path.exists():
         return
-    rows = read(path)
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        norms = np.array([float(row["grad_norm"]) for row in rows if row["method"] == method])
-        norms = norms.reshape(len({row["seed"] for row in rows}), -1)  # (seeds, steps)
-        relative = norms / norms.mean(1, keepdims=True)
-        steps = range(norms.shape[1])
-        label = f"{method}: largest / smallest {spread((norms.max(1) / norms.min(1)).tolist(), 1)}"
-        axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method], label=label)
-        axis.fill_between(steps, relative.min(0), relative.max(0), color=COLOURS[method], alpha=0.2)
-    axis.set(xlabel="denoising step, noisiest first", ylabel="gradient norm / its mean over steps")
-    axis.legend(fontsize=8)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for sde, axis in zip(("flow", "dance"), axes, strict=True):
+        rows = [row for row in read(path) if row["sde"] == sde]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            norms = np.array([float(row["grad_norm"]) for row in rows if row["method"] == method])
+            norms = norms.reshape(len({row["seed"] for row in rows}), -1)  # (seeds, steps)
+            relative, steps = norms / norms.mean(1, keepdims=True), range(norms.shape[1])
+            axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method], label=method)
+            axis.fill_between(steps, relative.min(0), relative.max(0), color=COLOURS[method], alpha=0.2)
+        axis.set(xlabel="denoising step, noisiest first", title=f"sampler: {sde}")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("gradient norm / its mean over steps")
     save(figure, "fig3")
 
 
@@ -125,11 +127,105 @@ def curve(axis, runs, name, label, colour):
     axis.fill_between(updates, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The study
+
+MARKS = {2.2e-4: "v", 6.7e-4: "o", 2e-3: "^"}  # by learning rate
+MAIN_COLOURS = dict(zip(MAIN, ("tab:blue", "tab:red", "tab:purple"), strict=True))
+
+
+def frontier():
+    """Every evaluation of the grid of learning rates and clip ranges, and each method's Pareto frontier."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for method, colour in (("flow-grpo", "tab:red"), ("guard", "tab:blue")):
+        points = []
+        for folder in grid_runs(method):
+            settings, (_, gain, gold) = about(folder)["settings"], study.curve(folder)
+            place = CLIPS[method].index(settings["clip"])  # the preset's range is the darkest
+            style = dict(color=colour, alpha=1 - 0.33 * place, ms=4, lw=0.8)
+            axes[0].plot(gain, gold, MARKS[settings["lr"]] + "-", **style)
+            lost = study.at_gain(folder, study.LEVEL)
+            if lost:
+                axes[1].plot(study.clipped(folder)[1], lost[1], MARKS[settings["lr"]], color=colour)
+            points += zip(gain, gold, strict=True)
+        best = pareto(points)
+        axes[0].step(*zip(*best, strict=True), where="pre", color=colour, lw=3, alpha=0.35)
+    for lr, mark in MARKS.items():
+        axes[0].plot([], [], mark, color="gray", label=f"lr {lr:g}")
+    axes[0].plot([], [], color="tab:blue", label="Guard")
+    axes[0].plot([], [], color="tab:red", label="Flow-GRPO")
+    axes[0].set(xlabel="gain in reward", ylabel="change in gold")
+    axes[0].legend(fontsize=8)
+    axes[1].set(xlabel="share of samples blocked", ylabel=f"gold lost at a gain of {study.LEVEL}")
+    save(figure, "frontier")
+
+
+def grid_runs(method):
+    """Folders of a method's runs of the grid."""
+    for label in TABLE["frontier"]:
+        if label.startswith(method):
+            yield from study.runs_of(label).values()
+
+
+def pareto(points):
+    """Those that no other point beats in both numbers, by the first one."""
+    best = []
+    for point in sorted(points, reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
+def gold_against_reward(axis):
+    """Gold against reward of the main runs, a line a seed, and of best of n."""
+    for label in MAIN:
+        for folder in study.runs_of(label).values():
+            _, gain, gold = study.curve(folder)
+            axis.plot(gain, gold, "o-", ms=3, lw=1, color=MAIN_COLOURS[label])
+        axis.plot([], [], color=MAIN_COLOURS[label], label=study.NAMES[label])
+    best = columns(RESULTS / "best_of_n.csv")
+    axis.plot(best["proxy"] - best["proxy"][0], best["gold"] - best["gold"][0], "k.--", lw=1,
+              label="best of n pictures, no training")
+    axis.set(xlabel="gain in reward", ylabel="change in gold")
+    axis.legend(fontsize=8)
+
+
+def main_comparison():
+    """The main README's figure: gold against reward, and the pictures of predictions.py below it."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6.4), height_ratios=(1.9, 1))
+    gold_against_reward(above)
+    below.imshow(plt.imread(HERE / "figures" / "samples.png"))
+    below.axis("off")
+    save(figure, "study", dpi=110)
+
+
+def distance():
+    """Reward and gold against the square root of KL, as Gao et al. draw them."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    best = columns(RESULTS / "best_of_n.csv")
+    for axis, name, of_best, title in ((axes[0], "proxy", "proxy", "gain in reward"),
+                                       (axes[1], "cards", "gold", "change in gold")):
+        for label in MAIN:
+            for folder in study.runs_of(label).values():
+                evals = columns(folder / "evals.csv")
+                root = np.sqrt(study.D * evals["kl_to_base"])
+                axis.plot(root, evals[name] - evals[name][0], "o-", ms=3, lw=1, color=MAIN_COLOURS[label])
+            axis.plot([], [], color=MAIN_COLOURS[label], label=study.NAMES[label])
+        axis.plot(np.sqrt(best["kl"]), best[of_best] - best[of_best][0], "k.--", lw=1, label="best of n")
+        axis.set(xlabel="square root of KL to the base model, nats", ylabel=title)
+    axes[0].legend(fontsize=8)
+    save(figure, "distance")
+
+
 def main():
     default_runs()
     ratio_and_clip()
     gradient_norms()
+    frontier()
+    main_comparison()
+    distance()
     tables.main()
+    study.main()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Figure 3: the gradient of an on-policy update, one denoising step at a time.
 
-    python experiments/gradients.py            # 3 minutes on one core; also --seeds
+    python experiments/gradients.py            # 4 minutes on one core; also --seeds
 
-The first epoch of `--task ocr --model tiny-sd3`, for three seeds: sample, score, then one backward pass per
-step and method through guard.py's own slice_loss, over all of the epoch's groups. rho is 0 there, so nothing
-is clipped, and the three methods differ by a factor per step alone. Writes experiments/results/gradients.csv.
+The first epoch of `--task ocr --model tiny-sd3`, for three seeds and the samplers of Flow-GRPO and DanceGRPO:
+sample, score, then one backward pass per step and method through guard.py's own slice_loss, over all of the
+epoch's groups. rho is 0 there, so nothing is clipped, and the methods differ by a factor per step alone. So
+the weight that others print for DanceGRPO, (1 + eta²/2) / dt, is a factor too. Writes gradients.csv.
 """
 
 import argparse
@@ -20,13 +21,14 @@ sys.path.insert(0, str(HERE.parent))
 import guard  # noqa: E402
 import rewards  # noqa: E402
 from experiments.run import RESULTS, SEEDS, write  # noqa: E402
+from experiments.study import PRINTED  # noqa: E402
 
 METHODS = ("flow-grpo", "rationorm", "guard")
 
 
-def gradient_norms(seed, folder):
-    """Rows of (seed, method, step, norm of the LoRA's gradient)."""
-    flags = f"--task ocr --model tiny-sd3 --gold none --seed {seed} --run_dir {folder}"
+def gradient_norms(seed, sde, folder):
+    """Rows of (sde, seed, method, step, norm of the LoRA's gradient)."""
+    flags = f"--task ocr --model tiny-sd3 --gold none --sde {sde} --seed {seed} --run_dir {folder}"
     args = guard.parse_args(flags.split())
     backbone = guard.load_backbone(args)
     policy = guard.Policy(backbone, args)
@@ -46,25 +48,24 @@ def gradient_norms(seed, folder):
                 loss.sum().backward()
             gradient = torch.nn.utils.parameters_to_vector(p.grad for p in policy.params)
             norm = gradient.norm().item() / advantage.numel()
-            yield dict(seed=seed, method=args.method, step=t, grad_norm=f"{norm:.6e}")
+            row = dict(sde=sde, seed=seed, method=args.method, step=t)
+            yield row | dict(grad_norm=f"{norm:.6e}")
+            if (sde, args.method) == ("dance", "rationorm"):
+                norm *= (1 + args.eta**2 / 2) / step.dt
+                yield row | dict(method=PRINTED, grad_norm=f"{norm:.6e}")
             policy.optimizer.zero_grad(set_to_none=False)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS["default"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS["cost"])
     own = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in own.seeds:
-            rows += gradient_norms(seed, folder)
-    RESULTS.mkdir(exist_ok=True)
+        for sde in ("flow", "dance"):
+            for seed in own.seeds:
+                rows += gradient_norms(seed, sde, folder)
     write(RESULTS / "gradients.csv", rows)
-    for method in METHODS:
-        of_method = [row for row in rows if row["method"] == method]
-        for seed in own.seeds:
-            norms = [float(row["grad_norm"]) for row in of_method if row["seed"] == seed]
-            print(f"{method}, seed {seed}: largest / smallest = {max(norms) / min(norms):.2f}")
 
 
 if __name__ == "__main__":

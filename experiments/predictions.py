@@ -1,13 +1,16 @@
-"""Figure 11: what a model before and after training predicts at every denoising step.
+"""Pictures of the base model, of Flow-GRPO and of Guard at about equal reward, and a second reader of them.
 
-    python experiments/predictions.py          # seconds; needs the runs of experiments/run.py
+    pip install ddddocr==1.6.1                 # the second reader; its weights are in its wheel
+    python experiments/predictions.py          # 6 minutes; needs the main runs of experiments/run.py
 
-Along the deterministic trajectory of held-out prompts every step gives a prediction of the final picture,
-x0 = x - sigma v. Base model, Flow-GRPO and Guard draw the same prompts from the same noise. Writes
-figures/fig11.png, every step's prediction of some prompts, and figures/samples.png, the last one of more. A
-run that is not done has no pictures.
+Of every main run the checkpoint of the evaluation nearest to a gain of 0.2 draws the held-out prompts from
+the evaluation's noise. Writes figures/samples.png, the first eight prompts; figures/fig11.png, what every
+denoising step predicts of the final picture, x0 = x - sigma v; and readers.csv, the reward of all of them as
+RapidOCR and ddddocr see it, on words that are in a training prompt and on words that are in none.
 """
 
+import io
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -20,29 +23,33 @@ sys.path.insert(0, str(HERE.parent))
 
 import guard  # noqa: E402
 import rewards  # noqa: E402
-from experiments.run import BASELINE, GUARD, RESULTS, RUNS  # noqa: E402
+from experiments.run import RESULTS, RUNS, SEEDS, write  # noqa: E402
+from experiments.study import MAIN, NAMES, nearest, runs_of  # noqa: E402
 from tiny import cards  # noqa: E402
 
 STEPS, PROMPTS, SHOWN, WIDTH = 10, 8, 3, 128
-NAMES = {"base": "base", BASELINE: "flow-grpo", GUARD: "guard"}  # a run -> what it is called in the figures
-SEED = 0  # theirs
+SEED = SEEDS["main"][0]  # of the runs in the figures
 
 
-def last_checkpoint(name):
-    """Of a run that is done; None if it is not, or if its folder is gone."""
-    done = (RESULTS / name / "run.json").exists()
-    return max(guard.checkpoints(guard.Args(run_dir=str(RUNS / name))), default=None) if done else None
+def checkpoint(label, seed):
+    """Of the evaluation nearest to the gain at which runs are set side by side."""
+    update, _ = nearest(runs_of(label)[seed])
+    return RUNS / f"{label}-s{seed}" / f"checkpoint-{update:06d}"
+
+
+def load(lora, seed):
+    """(args, backbone) of the base model or with a LoRA."""
+    flags = ["--init_lora", str(lora)] if lora else []
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*"--task ocr --model tiny-sd3 --seed".split(), str(seed), "--run_dir", folder, *flags]
+        args = guard.parse_args(flags)
+        return args, guard.load_backbone(args)
 
 
 @torch.no_grad()
-def predictions(name, held_out):
+def predictions(lora, held_out):
     """STEPS lists of pictures: every step's x0 of every prompt."""
-    flags = []  # of the base: a fresh LoRA, which changes nothing
-    if name != "base":
-        flags = ["--init_lora", str(last_checkpoint(name))]
-    with tempfile.TemporaryDirectory() as folder:
-        args = guard.parse_args(["--task", "ocr", "--model", "tiny-sd3", "--run_dir", folder, *flags])
-        backbone = guard.load_backbone(args)
+    _, backbone = load(lora, SEED)
     steps = guard.schedule(backbone.sigmas(STEPS), 0.0, "flow")
     pictures = [[] for _ in steps]
     for i, (prompt, _) in enumerate(held_out):
@@ -53,6 +60,43 @@ def predictions(name, held_out):
             pictures[t] += backbone.decode(x - step.sigma * v)
             x = step.a * x + step.b * v
     return pictures
+
+
+def second_reader():
+    """A reward like that of `ocr`, by ddddocr."""
+    from ddddocr import DdddOcr
+
+    engine = DdddOcr(show_ad=False)
+
+    def read(image):
+        file = io.BytesIO()
+        image.convert("RGB").save(file, "PNG")
+        return engine.classification(file.getvalue())
+
+    def reward(images, prompts, metadata):
+        texts = map(read, images)
+        return [rewards.text_score(t, rewards.quoted_text(p)) for t, p in zip(texts, prompts, strict=True)]
+
+    return reward
+
+
+def read_twice(lora, seed):
+    """Means of both readers over the held-out prompts of an evaluation, seen and unseen words apart."""
+    args, backbone = load(lora, seed)
+    held_out = rewards.read_set(args.prompts)[1][: args.eval_prompts]
+    ode = guard.schedule(backbone.sigmas(args.eval_steps), 0.0, args.sde)
+    scorers = guard.Scorers([], guard.DEVICE, backbone.patch)  # the readers come after
+    slices, _, _ = guard.rollout(
+        backbone, args, ode, held_out, 1, guard.EVALUATION, ["brightness"], scorers)
+    images, prompts = [image for piece in slices for image in piece.images], [p for p, _ in held_out]
+    row = {}
+    for name, reader in (("rapidocr", rewards.load("ocr")), ("ddddocr", second_reader())):
+        scores = {"seen": [], "unseen": []}
+        for prompt, score in zip(prompts, reader(images, prompts, None), strict=True):
+            is_new = rewards.quoted_text(prompt) in cards.UNSEEN_WORDS
+            scores["unseen" if is_new else "seen"].append(score)
+        row |= {f"{name}, {words}": f"{statistics.mean(found):.4f}" for words, found in scores.items()}
+    return row
 
 
 def grid(name, top, rows):
@@ -78,12 +122,18 @@ def caption(prompt):
 
 def main():
     held_out = rewards.read_set(rewards.PROMPTS / "cards")[1][:PROMPTS]
-    names = [name for name in NAMES if name == "base" or last_checkpoint(name)]
-    table = {name: predictions(name, held_out) for name in names}
+    loras = {"base": None} | {NAMES[label]: checkpoint(label, SEED) for label in MAIN}
+    table = {name: predictions(lora, held_out) for name, lora in loras.items()}
     captions = [caption(prompt) for prompt, _ in held_out]
-    grid("samples", captions, [(NAMES[name], table[name][-1]) for name in names])
-    rows = [(f"{NAMES[n]}\n{captions[i]}", [x0[i] for x0 in table[n]]) for i in range(SHOWN) for n in names]
+    grid("samples", captions, [(name.replace(", ", "\n"), table[name][-1]) for name in loras])
+    rows = [(f"{name}\n{captions[i]}", [x0[i] for x0 in table[name]]) for i in range(SHOWN) for name in loras]
     grid("fig11", [f"step {t}" for t in range(STEPS)], rows)
+    rows = []
+    for label in ("base", *MAIN):
+        for seed in runs_of(MAIN[0]):
+            lora = None if label == "base" else checkpoint(label, seed)
+            rows.append(dict(run=label, seed=seed) | read_twice(lora, seed))
+    write(RESULTS / "readers.csv", rows)
 
 
 if __name__ == "__main__":

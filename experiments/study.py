@@ -23,6 +23,7 @@ D, IMAGES = 512, 128  # dimensions of a latent of the tiny models; pictures an e
 FRONTIER_LEVELS, LEVELS, LEVEL = (0.075, 0.15), (0.125, 0.225), 0.15  # gains at which gold is read off
 SIDE_GAIN, TIE = 0.2, 0.005  # win, tie and lose: at the evaluations nearest to this gain
 FALL = 0.01  # of gold: a run that is over-optimized
+PRINTED = "rationorm, (1 + eta²/2) / dt"  # DanceGRPO's weight in notes of others
 TAU = {"a tenth": 0.1, "a third": 1 / 3}
 LOOKS = ("brightness", "near_black", "near_white", "edges", "colours", "grid")
 
@@ -75,9 +76,15 @@ def mean_of(values, digits=4):
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f} ({len(values)})"
 
 
+def later_updates(*folders):
+    """Columns of updates.csv, a row a step, of the updates where the ratio is not 1; {} of no folder."""
+    found = [columns(folder / "updates.csv", lambda row: row["first"] == "False") for folder in folders]
+    return {name: np.concatenate([run[name] for run in found]) for name in (found[0] if found else ())}
+
+
 def clipped(folder):
     """Shares of samples outside the clip range and of blocked ones, over steps and later updates."""
-    steps = columns(folder / "updates.csv", lambda row: row["first"] == "False")
+    steps = later_updates(folder)
     return (steps["clip_high"] + steps["clip_low"]).mean(), steps["blocked"].mean()
 
 
@@ -231,15 +238,9 @@ def table_of_steps():
     If the change of velocity does not depend on the noise, the variance of Flow-GRPO's log-ratio is
     2 KL / D², with KL the step's, and E[ratio] = exp(-KL/D + KL/D²): so the spread foretells the mean.
     """
-    rows, sides = [], {}
-    for label in MAIN[:2]:
-        found = [columns(f / "updates.csv", lambda row: row["first"] == "False") for f in runs_of(label).values()]
-        if not found:
-            return table(STEPS, [])
-        sides[label] = {name: np.concatenate([run[name] for run in found]) for name in found[0]}
-    for t in range(9):
-        baseline, guarded = ({name: x[side["step"] == t] for name, x in side.items()}
-                             for side in (sides[MAIN[1]], sides[MAIN[0]]))
+    rows, sides = [], [later_updates(*runs_of(x).values()) for x in ("main-flow-grpo", "main-guard")]
+    for t in range(9) if all(sides) else ():
+        baseline, guarded = ({name: x[side["step"] == t] for name, x in side.items()} for side in sides)
         kl = D**2 * baseline["ratio_std"] ** 2 / 2
         foretold = np.expm1(-kl / D + kl / D**2).mean()
         cells = [f"{baseline['ratio_mean'].mean():.1e}", f"{foretold:.1e}"]
@@ -255,17 +256,17 @@ STEPS = ["step", "Flow-GRPO: mean", "foretold", "spread", "above", "below",
 
 
 def table_of_gradients():
-    """gradients.csv: largest over smallest norm of the gradient over the steps, by sampler and weight."""
+    """gradients.csv: largest over smallest norm of the gradient over the steps, by sampler and method."""
     path, rows = RESULTS / "gradients.csv", []
     data = read(path) if path.exists() else []
-    for sde, weight in dict.fromkeys((row["sde"], row["weight"]) for row in data):
-        of_it = [row for row in data if (row["sde"], row["weight"]) == (sde, weight)]
+    for sde, method in dict.fromkeys((row["sde"], row["method"]) for row in data):
+        of_it = [row for row in data if (row["sde"], row["method"]) == (sde, method)]
         ratios = []
         for seed in dict.fromkeys(row["seed"] for row in of_it):
             norms = [float(row["grad_norm"]) for row in of_it if row["seed"] == seed]
             ratios.append(max(norms) / min(norms))
-        rows.append([f"`{sde}`", weight, mean_of(ratios, 1)])
-    return table(["sampler", "weight of a step", "largest / smallest gradient"], rows)
+        rows.append([f"`{sde}`", method, mean_of(ratios, 1)])
+    return table(["sampler", "method", "largest / smallest gradient"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def first_evaluation(values):
 
 
 def table_of_looks():
-    """When a number warns, in runs on tiny-sd3 where gold falls by 0.01, and whether it does in the others."""
+    """When a number warns in runs on tiny-sd3 where gold falls by 0.01; whether it does in the others."""
     groups = ("frontier", "main", "cost", "ablation", "kl", "cps")
     folders = [f for group in groups for label in TABLE[group] for f in runs_of(label).values()]
     rows = []

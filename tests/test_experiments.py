@@ -1,5 +1,6 @@
 """The page of results says what the CSVs in git say, and the scripts behind them do what they claim."""
 
+import itertools
 import json
 import re
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import guard
-from experiments import plan, precision, run, tables
+from experiments import best_of_n, figures, plan, precision, run, study, tables
 
 HERE = Path(__file__).resolve().parent.parent
 PAGE = (HERE / "experiments" / "README.md").read_text()
@@ -109,6 +110,83 @@ def test_what_the_algebra_says_of_the_gradients():
         if method == "flow-grpo":
             sizes = [size / step.s for size, step in zip(sizes, steps, strict=True)]
         assert max(sizes) / min(sizes) == pytest.approx(expected, rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The study
+
+
+def a_run(folder, gains, golds, **settings):
+    """Results of a run with an evaluation every second update; gold starts at 0.9, the reward at 0.5."""
+    folder.mkdir()
+    rows = [dict(update=2 * i, proxy=0.5 + gain, cards=0.9 + gold, kl_to_base=0.01 * i)
+            for i, (gain, gold) in enumerate(zip(gains, golds, strict=True))]
+    run.write(folder / "evals.csv", rows)
+    steps = [dict(update=u, first=u % 2 == 1, live=4, grad_norm=1, step=t, ratio_mean=-1e-3, ratio_std=0.01,
+                  clip_high=0.125, clip_low=0.25, blocked=0.1 + 0.1 * t) for u in (1, 2) for t in (0, 1)]
+    run.write(folder / "updates.csv", steps)
+    (folder / "run.json").write_text(json.dumps(dict(settings=settings, epoch_seconds=20.0)))
+    return folder
+
+
+def test_gold_is_read_where_the_gain_is_first_reached(tmp_path):
+    one = a_run(tmp_path / "one", (0, 0.12, 0.05, 0.3), (0, -0.001, 0.002, -0.008))
+    assert study.at_gain(one, 0.06) == pytest.approx((1, 0.0005))
+    assert study.at_gain(one, 0.175) == pytest.approx((5, 0.003))  # half way from (4, -0.002) to (6, 0.008)
+    assert study.at_gain(one, 0.31) is None
+    assert study.nearest(one, 0.06) == (4, pytest.approx(0.05))
+    assert study.clipped(one) == pytest.approx((0.375, 0.15))
+
+
+@pytest.fixture
+def pair_of_methods(tmp_path, monkeypatch):
+    """Three seeds of Guard and of Flow-GRPO; the third of Flow-GRPO reaches no gain of 0.225."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    for seed, mine, theirs, end in ((21, 1, 3, 0.3), (22, 2, 3, 0.3), (23, 3, 8, 0.2)):
+        a_run(tmp_path / f"main-guard-s{seed}", (0, 0.25), (0, -mine * 1e-3))
+        a_run(tmp_path / f"main-flow-grpo-s{seed}", (0, end), (0, -theirs * 1e-3 * end / 0.25))
+    return tmp_path
+
+
+def test_differences_are_paired_by_seed(pair_of_methods):
+    differences, p = study.pairs("main-guard", "main-flow-grpo", 0.125)
+    assert differences == pytest.approx([-0.001, -0.0005, -0.0025])
+    # t = mean / (deviation / sqrt(3)) = -1.3333 / (1.0408 / 1.7321) = -2.2188, two-sided with 2 degrees
+    assert p == pytest.approx(0.1567, abs=1e-4)
+    differences, p = study.pairs("main-guard", "main-flow-grpo", 0.225)
+    assert differences == pytest.approx([-0.0018, -0.0009]) and np.isnan(p)
+    row = study.table_of_pairs().splitlines()[2]
+    assert row.endswith("| +0.125 | -0.0013 ± 0.0006 (3) | 3 of 3 | 0.157 |")
+
+
+def test_the_best_setting_is_that_with_the_least_mean_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    labels = [label for label in run.TABLE["frontier"] if label.startswith("guard")]
+    for label, end, gold in zip(labels, (0.2, 0.2, 0.1), (-0.003, -0.002, -0.001), strict=False):
+        a_run(tmp_path / f"{label}-s20", (0, end), (0, gold), method="guard", lr=1e-3, clip=1e-5)
+    assert study.best_settings() == {"guard": labels[1]}  # the third reaches no gain of 0.15
+
+
+def test_a_warning_is_before_with_or_after_the_fall():
+    cases = ((1, 2), (2, 2), (3, 2), (None, 2), (1, None), (None, None))
+    expected = ["before", "with", "after", "never", "false", "quiet"]
+    assert [study.verdict(*case) for case in cases] == expected
+    assert study.first_evaluation(np.array([False, True, True])) == 1
+
+
+def test_the_frontier_is_of_points_that_no_other_beats():
+    points = [(0, 0), (0.1, -0.01), (0.1, -0.02), (0.2, -0.005), (0.3, -0.03), (0.05, -0.006)]
+    assert figures.pareto(points) == [(0, 0), (0.2, -0.005), (0.3, -0.03)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_best_of_n_is_the_mean_over_all_choices(n):
+    reward, gold = np.array([0.2, 1, 1, 0.5, 0.5, 0.1]), np.array([0.9, 0.8, 0.6, 0.7, 0.75, 0.3])
+    means = []
+    for chosen in map(list, itertools.combinations(range(6), n)):
+        best = [i for i in chosen if reward[i] == reward[chosen].max()]
+        means.append((reward[chosen].max(), gold[best].mean()))
+    assert best_of_n.best_of(n, reward, gold) == pytest.approx(np.mean(means, 0))
 
 
 # ------------------------------------------------------------------------------------------------------------

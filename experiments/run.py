@@ -43,7 +43,7 @@ TABLE = {
         "main-flow-grpo": f"{OCR} --method flow-grpo --lr 6.7e-4 {LONG}",
         "main-flow-grpo-3lr": f"{OCR} --method flow-grpo --lr 2e-3 {SHORT}"},
     "best": {  # of the frontier, by the rule in LOG.md
-        "best-guard": f"{OCR} --lr 6.7e-4 --clip 7e-5 {LONG}",
+        "best-guard": f"{OCR} --lr 2.2e-4 --clip 7e-5 {LONG}",
         "best-flow-grpo": f"{OCR} --method flow-grpo --lr 6.7e-4 --clip 2.2e-4 {LONG}"},
     "preset": {"main-guard-3lr": f"{OCR} --lr 2e-3 {SHORT}"},  # added when the frontier was known
     "cost": {

@@ -15,22 +15,37 @@ from experiments import best_of_n, figures, plan, precision, run, study, tables
 
 HERE = Path(__file__).resolve().parent.parent
 PAGE = (HERE / "experiments" / "README.md").read_text()
+README = (HERE / "README.md").read_text()
+TABLES = tables.TABLES | study.TABLES
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The page
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
+@pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_the_page_is_that_of_its_csv(name):
-    printed = tables.TABLES[name]()
+    printed = TABLES[name]()
     assert len(printed.splitlines()) > 2
     assert printed in PAGE
 
 
 def test_every_table_of_the_page_is_one_of_these():
     on_page = re.findall(r"(?:^\|.*\n)+", PAGE, re.M)
-    assert sorted(on_page) == sorted(f"{function()}\n" for function in tables.TABLES.values())
+    assert sorted(on_page) == sorted(f"{function()}\n" for function in TABLES.values())
+
+
+@pytest.mark.parametrize("sentence", study.sentences())
+def test_what_is_said_of_the_study_is_what_its_csvs_say(sentence):
+    """On the page of results, and the answers in the main README too."""
+    page = " ".join(PAGE.split())
+    assert sentence in page
+    if sentence in study.sentences()[: study.ANSWERS]:
+        assert sentence in " ".join(README.split())
+
+
+def test_the_main_readme_has_the_main_table():
+    assert study.table_of_main() in README
 
 
 def test_every_figure_of_the_page_is_there_and_none_else():

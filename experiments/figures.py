@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from experiments import study, tables  # noqa: E402
 from experiments.run import BASELINE, CLIPS, GUARD, MODELS, RESULTS, TABLE, TASKS, read  # noqa: E402
-from experiments.study import MAIN, PRINTED  # noqa: E402
+from experiments.study import PRINTED  # noqa: E402
 from experiments.tables import about, columns, runs_of  # noqa: E402
 
 COLOURS = {"guard": "tab:blue", "flow-grpo": "tab:red", "rationorm": "tab:green"}
@@ -131,7 +131,8 @@ def curve(axis, runs, name, label, colour):
 # The study
 
 MARKS = {2.2e-4: "v", 6.7e-4: "o", 2e-3: "^"}  # by learning rate
-MAIN_COLOURS = dict(zip(MAIN, ("tab:blue", "tab:red", "tab:purple"), strict=True))
+MAIN_COLOURS = {"main-guard": "tab:blue", "main-flow-grpo": "tab:red",
+                "main-guard-3lr": "tab:cyan", "main-flow-grpo-3lr": "tab:orange"}
 
 
 def frontier():
@@ -178,7 +179,7 @@ def pareto(points):
 
 def gold_against_reward(axis):
     """Gold against reward of the main runs, a line a seed, and of best of n."""
-    for label in MAIN:
+    for label in MAIN_COLOURS:
         for folder in study.runs_of(label).values():
             _, gain, gold = study.curve(folder)
             axis.plot(gain, gold, "o-", ms=3, lw=1, color=MAIN_COLOURS[label])
@@ -205,7 +206,7 @@ def distance():
     best = columns(RESULTS / "best_of_n.csv")
     for axis, name, of_best, title in ((axes[0], "proxy", "proxy", "gain in reward"),
                                        (axes[1], "cards", "gold", "change in gold")):
-        for label in MAIN:
+        for label in MAIN_COLOURS:
             for folder in study.runs_of(label).values():
                 evals = columns(folder / "evals.csv")
                 root = np.sqrt(study.D * evals["kl_to_base"])

@@ -49,6 +49,9 @@ TABLE = {
     "cost": {
         "window-3": f"{OCR} --lr 6.7e-4 --sde_window 3 {LONG}",
         "steps-6": f"{OCR} --lr 6.7e-4 --steps 6 {LONG}"},
+    "time": {  # seconds an epoch: to be run with --side_by_side 1, on an idle machine
+        f"time-{label}": f"{OCR} --lr 6.7e-4{flags} --epochs 4 --eval_every 4 --eval_prompts 16"
+        for label, flags in (("main-guard", ""), ("window-3", " --sde_window 3"), ("steps-6", " --steps 6"))},
     "dance": {
         f"dance-{method}": f"--task ocr --model tiny-flux --sde dance --method {method} --lr 6.7e-4 {SHORT}"
         for method in ("flow-grpo", "guard")},
@@ -64,6 +67,7 @@ TABLE = {
 }
 SEEDS = dict.fromkeys(TABLE, (21, 22, 23)) | dict(
     default=(0, 1, 2), ratio=(0,), frontier=(20,), pickscore=(0, 1, 2))
+SEEDS["time"] = (21,)
 SEEDS["main"] = SEEDS["best"] = SEEDS["preset"] = (21, 22, 23, 24, 25)
 GUARD, BASELINE = "ocr-tiny-sd3-s0", "flow-grpo-s0"  # the two runs whose samples' rho is kept
 RATIO_EPOCHS = range(3, 100)  # of these, once the runs are under way

@@ -151,6 +151,14 @@ def summary(labels, levels, seeds=range(100)):
     return table(header, rows)
 
 
+def table_of_answers():
+    """The main README's table: of table_of_main what is needed to answer."""
+    rows = [line.strip("| ").split(" | ") for line in table_of_main().splitlines()]
+    header, rows = rows[0], rows[2:]
+    kept = [header.index(name) for name in ("run", "gain", *(f"gold lost at +{level:g}" for level in LEVELS))]
+    return table([header[i] for i in kept], [[row[i].removesuffix(" (5)") for i in kept] for row in rows])
+
+
 def table_of_main():
     return summary([*TABLE["main"], *TABLE["best"], *TABLE["preset"]], LEVELS)
 
@@ -238,6 +246,10 @@ def table_of_tasks():
 # 6. The ratio and the gradient, by step
 
 
+STEPS = ["step", "Flow-GRPO: mean", "foretold", "spread", "above", "below",
+         "Guard: mean", "spread", "above", "below"]
+
+
 def table_of_steps():
     """Of second updates, means over them and over seeds: rho, its spread and what is outside, by step.
 
@@ -255,10 +267,6 @@ def table_of_steps():
             cells += [f"{side[name].mean():.1%}" for name in ("clip_high", "clip_low")]
         rows.append([str(t), *cells[:5], f"{guarded['ratio_mean'].mean():.1e}", *cells[5:]])
     return table(STEPS, rows)
-
-
-STEPS = ["step", "Flow-GRPO: mean", "foretold", "spread", "above", "below",
-         "Guard: mean", "spread", "above", "below"]
 
 
 def table_of_gradients():
@@ -389,9 +397,9 @@ def grid_losses(method, lr):
 
 
 def grid_run(method, lr, clip):
-    """Such as `+0.299 in reward and -0.0114 in gold`: where a run of the grid ended."""
+    """(gain in reward, change in gold) at the end of a run of the grid."""
     _, gain, gold = curve(*runs_of(f"{method}-lr{lr:g}-clip{clip:g}").values())
-    return f"{gain[-1]:+.3f} in reward and {gold[-1]:+.4f} in gold"
+    return gain[-1], gold[-1]
 
 
 def best_of(n):
@@ -401,30 +409,31 @@ def best_of(n):
 
 
 def cost(label, level):
-    """(images, seconds, gold lost) to a gain, means over the seeds of the variants."""
+    """(seconds, gold lost) to a gain, means over the seeds of the variants."""
     found = [at_gain(folder, level) for seed, folder in runs_of(label).items() if seed in MINE]
     epoch = statistics.mean(about(folder)["epoch_seconds"] for folder in runs_of(f"time-{label}").values())
     epochs = statistics.mean(updates / 2 for updates, _ in found)
-    return epochs * IMAGES, epochs * epoch, statistics.mean(lost for _, lost in found)
+    return epochs * epoch, statistics.mean(lost for _, lost in found)
 
 
 def cost_of_window(level):
     """How a window of three noisy steps compares with all nine."""
-    (images, seconds, lost), (all_images, all_seconds, all_lost) = (
-        cost(label, level) for label in ("window-3", "main-guard"))
-    _, p = ttest_rel(*([losses(label, level)[seed] for seed in MINE] for label in ("window-3", "main-guard")))
-    return (f"With `--sde_window 3` Guard took {seconds / all_seconds:.0%} of the time and "
-            f"{images / all_images:.0%} of the images to a gain of {level}, and had lost {lost:.4f} gold "
-            f"where all nine steps had lost {all_lost:.4f} ({len(MINE)} seeds, p = {p:.2f})")
+    (seconds, lost), (all_seconds, all_lost) = (cost(label, level) for label in ("window-3", "main-guard"))
+    lost_by = [losses(label, level) for label in ("window-3", "main-guard")]
+    _, p = ttest_rel(*([of_label[seed] for seed in MINE] for of_label in lost_by))
+    return (f"With `--sde_window 3` Guard took {seconds / all_seconds:.0%} of the time to a gain of {level}, "
+            f"and had lost {lost:.4f} gold; with all nine steps {all_lost:.4f} "
+            f"({len(MINE)} seeds, p = {p:.2f})")
 
 
-ANSWERS = 9  # of these sentences, the main README has the first
+ANSWERS = 8  # of the sentences, those that the main README has too
 
 
 def sentences():
     """What the pages say of the study in words with numbers."""
     most = LEVELS[1]
     reward, gold = best_of(4)
+    wide = grid_run("guard", 2e-3, 2.1e-4)
     return [
         f"At a gain of {most} GRPO-Guard had lost {difference('main-guard', 'main-flow-grpo', most)} than "
         "Flow-GRPO at the same learning rate, 6.7e-4",
@@ -434,15 +443,60 @@ def sentences():
         f"At a gain of {LEVEL} Guard lost {grid_losses('guard', 6.7e-4)} at 6.7e-4 and "
         f"{grid_losses('guard', 2e-3)} at 2e-3; Flow-GRPO {grid_losses('flow-grpo', 6.7e-4)} and "
         f"{grid_losses('flow-grpo', 2e-3)}",
-        f"at 6.7e-4 Guard ended with {grid_run('guard', 6.7e-4, 7e-5)} with a clip of 7e-5",
-        f"with {grid_run('guard', 6.7e-4, 2.3e-5)} at 2.3e-5",
-        f"at 2e-3 and 2.1e-4 with {grid_run('guard', 2e-3, 2.1e-4)}",
-        f"the best of four pictures of the base model has {reward:+.3f} in reward and {gold:+.4f} in gold",
+        f"at 6.7e-4 Guard gained {grid_run('guard', 6.7e-4, 7e-5)[0]:.3f} with a clip of 7e-5 and "
+        f"{grid_run('guard', 6.7e-4, 2.3e-5)[0]:.3f} with 2.3e-5",
+        f"at 2e-3 and 2.1e-4 it gained {wide[0]:.3f} and lost {-wide[1]:.3f} gold",
+        f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
         cost_of_window(most),
+        *shares_of_steps(),
+        blocked_and_lost(),
+        what_grid_said(),
+        what_readers_saw(),
     ]
 
 
+def shares_of_steps():
+    """Of the table by step: what is clipped at the ends."""
+    rows = [row.strip("| ").split(" | ") for row in table_of_steps().splitlines()[2:]]
+    first, last = (dict(zip(range(len(STEPS)), row, strict=True)) for row in (rows[0], rows[-1]))
+    outside = [float(row[8][:-1]) + float(row[9][:-1]) for row in (first, last)]
+    return [
+        f"At the last step Flow-GRPO's mean is {last[1]}, and {last[2]} was foretold; it clips {last[5]} of "
+        f"the samples below and {last[4]} above",
+        f"Guard clips both sides alike, {outside[0]:.1f} % of the samples at the first step and "
+        f"{outside[1]:.0f} % at the last"]
+
+
+def blocked_and_lost():
+    """Guard's runs of the grid at the two lower rates."""
+    found = [folder for lr in (2.2e-4, 6.7e-4) for label in TABLE["frontier"] for folder in
+             (runs_of(label).values() if label.startswith(f"guard-lr{lr:g}-") else ())]
+    found = [(clipped(folder)[1], at_gain(folder, LEVEL)) for folder in found]
+    blocked, lost = zip(*((share, reading[1]) for share, reading in found if reading), strict=True)
+    return (f"with {min(blocked):.0%} to {max(blocked):.0%} blocked Guard lost {min(lost):.4f} to "
+            f"{max(lost):.4f} at a gain of {LEVEL}")
+
+
+def what_grid_said():
+    """The one of `looks` that warns at all often."""
+    tenth, third = ([int(cell) for cell in row.strip("| ").split(" | ")[2:]]
+                    for row in table_of_looks().splitlines() if row.startswith("| `grid`"))
+    return (f"`grid`, by a third, warned before the fall in {third[0]} of {sum(third[:4])} runs, at the same "
+            f"evaluation in {third[1]} and later in {third[2]}; without a fall in {third[4]} of "
+            f"{sum(third[4:])}. By a tenth it warned in {sum(tenth) - tenth[3] - tenth[5]} of "
+            f"{sum(tenth)} runs")
+
+
+def what_readers_saw():
+    """Means over seeds, on words that were trained on."""
+    data = read(RESULTS / "readers.csv")
+    means = [statistics.mean(float(row[f"{reader}, seen"]) for row in data if row["run"] == run)
+             for reader in ("ddddocr", "rapidocr") for run in ("base", "main-guard")]
+    return "ddddocr saw {:.3f} become {:.3f} where RapidOCR saw {:.3f} become {:.3f}".format(*means)
+
+
 TABLES = {name: function for name, function in globals().items() if name.startswith("table_of_")}
+OF_README = TABLES.pop("table_of_answers")  # the others are on the page of results
 
 
 def main():

@@ -45,7 +45,7 @@ def test_what_is_said_of_the_study_is_what_its_csvs_say(sentence):
 
 
 def test_the_main_readme_has_the_main_table():
-    assert study.table_of_main() in README
+    assert study.OF_README() in README
 
 
 def test_every_figure_of_the_page_is_there_and_none_else():

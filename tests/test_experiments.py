@@ -182,6 +182,17 @@ def test_the_best_setting_is_that_with_the_least_mean_loss(tmp_path, monkeypatch
     assert study.best_settings() == {"guard": labels[1]}  # the third reaches no gain of 0.15
 
 
+def test_the_spread_foretells_the_mean_of_the_ratio():
+    """By guard.py's own log-ratio, with a change of velocity that does not depend on the noise."""
+    D, count = 64, 200_000
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(count, D, generator=generator, dtype=torch.float64)
+    change = torch.randn(1, D, generator=generator, dtype=torch.float64)
+    ratio = guard.log_ratio(change, 0, eps, b=-0.03, s=0.2, method="flow-grpo").exp()
+    assert ratio.mean() - 1 == pytest.approx(study.foretold(ratio.std().item(), D), rel=0.03)
+    assert ratio.mean() < 0.995
+
+
 def test_a_warning_is_before_with_or_after_the_fall():
     cases = ((1, 2), (2, 2), (3, 2), (None, 2), (1, None), (None, None))
     expected = ["before", "with", "after", "never", "false", "quiet"]

@@ -181,7 +181,7 @@ def table_of_pairs():
             if differences:
                 less = sum(d < 0 for d in differences)
                 rows.append([f"{NAMES[a]} less {NAMES[b]}", f"+{level:g}", mean_of(differences),
-                             f"{less} of {len(differences)}", f"{p:.3f}"])
+                             f"{less} of {len(differences)}", "" if np.isnan(p) else f"{p:.3f}"])
     return table(["gold lost by", "at a gain of", "difference", "Guard lost less", "p"], rows)
 
 

@@ -454,6 +454,7 @@ def sentences():
         cost_of_window(most),
         *shares_of_steps(),
         blocked_and_lost(),
+        what_gradients_did(),
         what_grid_said(),
         what_readers_saw(),
     ]
@@ -479,6 +480,17 @@ def blocked_and_lost():
     blocked, lost = zip(*((share, reading[1]) for share, reading in found if reading), strict=True)
     return (f"with {min(blocked):.0%} to {max(blocked):.0%} blocked Guard lost {min(lost):.4f} to "
             f"{max(lost):.4f} at a gain of {LEVEL}")
+
+
+def what_gradients_did():
+    """Of the table of gradients."""
+    rows = [row.strip("| ").split(" | ") for row in table_of_gradients().splitlines()[2:]]
+    of = {(sampler, method): float(ratio.split()[0]) for sampler, method, ratio in rows}
+    flow = [of["`flow`", method] for method in ("flow-grpo", "rationorm", "guard")]
+    dance = of["`dance`", PRINTED], of["`dance`", "guard"]
+    return ("Over the steps the gradient differs by a factor of {:.0f} for Flow-GRPO, {:.0f} with RatioNorm "
+            "and {:.1f} for Guard; for DanceGRPO's sampler the weight printed in notes of others leaves "
+            "{:.1f} and ours {:.1f}").format(*flow, *dance)
 
 
 def what_grid_said():

@@ -1,6 +1,6 @@
 """Best of n: what the base model reaches without training, by drawing n pictures and keeping the best.
 
-    python experiments/best_of_n.py            # 8 minutes on one core
+    python experiments/best_of_n.py            # 10 minutes on one core
 
 64 pictures of each of the first 128 held-out prompts of `--task ocr --model tiny-sd3`, by the ODE sampler.
 Of n of them the one with the largest reward is kept, by chance among equals. The mean is exact over all

@@ -1,6 +1,6 @@
 """Figure 3: the gradient of an on-policy update, one denoising step at a time.
 
-    python experiments/gradients.py            # 4 minutes on one core; also --seeds
+    python experiments/gradients.py            # 10 minutes on one core; also --seeds
 
 The first epoch of `--task ocr --model tiny-sd3`, for three seeds and the samplers of Flow-GRPO and DanceGRPO:
 sample, score, then one backward pass per step and method through guard.py's own slice_loss, over all of the

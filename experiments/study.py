@@ -18,6 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from experiments.run import RESULTS, SEEDS, TABLE, read  # noqa: E402
 from experiments.tables import about, columns, table  # noqa: E402
+from rewards import LOOKS  # noqa: E402
 
 D, IMAGES = 512, 128  # dimensions of a latent of the tiny models; pictures an epoch
 FRONTIER_LEVELS, LEVELS, LEVEL = (0.075, 0.15), (0.125, 0.225), 0.15  # gains at which gold is read off
@@ -25,7 +26,6 @@ SIDE_GAIN, TIE = 0.2, 0.005  # win, tie and lose: at the evaluations nearest to 
 FALL = 0.01  # of gold: a run that is over-optimized
 PRINTED = "rationorm, (1 + eta²/2) / dt"  # DanceGRPO's weight in notes of others
 TAU = {"a tenth": 0.1, "a third": 1 / 3}
-LOOKS = ("brightness", "near_black", "near_white", "edges", "colours", "grid")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ MAIN = ("main-guard", "main-flow-grpo", "main-flow-grpo-3lr")
 NAMES = {
     "main-guard": "Guard, lr 6.7e-4",
     "main-flow-grpo": "Flow-GRPO, lr 6.7e-4",
-    "main-flow-grpo-3lr": "Flow-GRPO, lr 2e-3",
     "main-guard-3lr": "Guard, lr 2e-3",
+    "main-flow-grpo-3lr": "Flow-GRPO, lr 2e-3",
     "best-guard": "Guard, lr 2.2e-4, clip 7e-5",
     "best-flow-grpo": "Flow-GRPO, lr 6.7e-4, clip 2.2e-4",
 }
@@ -160,7 +160,7 @@ def table_of_answers():
 
 
 def table_of_main():
-    return summary([*TABLE["main"], *TABLE["best"], *TABLE["preset"]], LEVELS)
+    return summary(NAMES, LEVELS)
 
 
 def pairs(a, b, level):

@@ -384,13 +384,13 @@ def verdict(warned, fell):
 
 
 def difference(a, b, level):
-    """Such as `0.0014 ± 0.0002 less gold (5 of 5 seeds, p = 0.003)`: lost by a against b, at a gain."""
+    """Such as `0.0014 ± 0.0002 less (5 of 5 seeds, p = 0.003)`: gold lost by a against b, at a gain."""
     found, p = pairs(a, b, level)
     mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
     which = "less" if mean < 0 else "more"
     alike = sum((d < 0) == (mean < 0) for d in found)
     chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return f"{abs(mean):.4f} ± {error:.4f} {which} gold ({alike} of {len(found)} seeds, {chance})"
+    return f"{abs(mean):.4f} ± {error:.4f} {which} ({alike} of {len(found)} seeds, {chance})"
 
 
 def grid_losses(method, lr):
@@ -439,11 +439,12 @@ def sentences():
     reward, gold = best_of(4)
     wide = grid_run("guard", 2e-3, 2.1e-4)
     return [
-        f"At a gain of {most} GRPO-Guard had lost {difference('main-guard', 'main-flow-grpo', most)} than "
-        "Flow-GRPO at the same learning rate, 6.7e-4",
-        f"and {difference('main-guard-3lr', 'main-flow-grpo-3lr', most)} at 2e-3",
-        "At the paper's pairing, with Flow-GRPO at three times the rate, it had lost "
+        f"At a gain of {most} GRPO-Guard had lost less gold than Flow-GRPO: at the same learning rate, 6.7e-4, "
+        f"{difference('main-guard', 'main-flow-grpo', most)}; at 2e-3, "
+        f"{difference('main-guard-3lr', 'main-flow-grpo-3lr', most)}",
+        "at the paper's pairing, three times the rate for Flow-GRPO, "
         f"{difference('main-guard', 'main-flow-grpo-3lr', most)}",
+        f"with each method's best setting, {difference('best-guard', 'best-flow-grpo', most)}",
         f"At a gain of {LEVEL} Guard lost {grid_losses('guard', 6.7e-4)} at 6.7e-4 and "
         f"{grid_losses('guard', 2e-3)} at 2e-3; Flow-GRPO {grid_losses('flow-grpo', 6.7e-4)} and "
         f"{grid_losses('flow-grpo', 2e-3)}",

@@ -439,8 +439,8 @@ def sentences():
     reward, gold = best_of(4)
     wide = grid_run("guard", 2e-3, 2.1e-4)
     return [
-        f"At a gain of {most} GRPO-Guard had lost less gold than Flow-GRPO: at the same learning rate, 6.7e-4, "
-        f"{difference('main-guard', 'main-flow-grpo', most)}; at 2e-3, "
+        f"At a gain of {most} GRPO-Guard had lost less gold than Flow-GRPO: at the same learning rate, "
+        f"6.7e-4, {difference('main-guard', 'main-flow-grpo', most)}; at 2e-3, "
         f"{difference('main-guard-3lr', 'main-flow-grpo-3lr', most)}",
         "at the paper's pairing, three times the rate for Flow-GRPO, "
         f"{difference('main-guard', 'main-flow-grpo-3lr', most)}",

@@ -193,6 +193,16 @@ def test_the_spread_foretells_the_mean_of_the_ratio():
     assert ratio.mean() < 0.995
 
 
+@pytest.mark.parametrize("method", run.CLIPS)
+def test_the_best_settings_that_ran_again_are_those_of_the_frontier(method):
+    def settings(flags):
+        args = guard.parse_args([*flags.split(), "--run_dir", "runs/none"])
+        return args.method, args.lr, args.clip
+
+    best = run.TABLE["frontier"][study.best_settings()[method]]
+    assert settings(run.TABLE["best"][f"best-{method}"]) == settings(best)
+
+
 def test_a_warning_is_before_with_or_after_the_fall():
     cases = ((1, 2), (2, 2), (3, 2), (None, 2), (1, None), (None, None))
     expected = ["before", "with", "after", "never", "false", "quiet"]

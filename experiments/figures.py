@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from experiments import study, tables  # noqa: E402
-from experiments.run import BASELINE, CLIPS, GUARD, MODELS, RESULTS, TABLE, TASKS, read  # noqa: E402
+from experiments.run import BASELINE, CLIPS, GUARD, MODELS, RESULTS, TASKS, read  # noqa: E402
 from experiments.study import PRINTED  # noqa: E402
 from experiments.tables import about, columns, runs_of  # noqa: E402
 
@@ -140,7 +140,7 @@ def frontier():
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for method, colour in (("flow-grpo", "tab:red"), ("guard", "tab:blue")):
         points = []
-        for folder in grid_runs(method):
+        for folder in study.grid_runs(method):
             settings, (_, gain, gold) = about(folder)["settings"], study.curve(folder)
             place = CLIPS[method].index(settings["clip"])  # the preset's range is the darkest
             style = dict(color=colour, alpha=1 - 0.33 * place, ms=4, lw=0.8)
@@ -159,13 +159,6 @@ def frontier():
     axes[0].legend(fontsize=8)
     axes[1].set(xlabel="share of samples blocked", ylabel=f"gold lost at a gain of {study.LEVEL}")
     save(figure, "frontier")
-
-
-def grid_runs(method):
-    """Folders of a method's runs of the grid."""
-    for label in TABLE["frontier"]:
-        if label.startswith(method):
-            yield from study.runs_of(label).values()
 
 
 def pareto(points):

@@ -65,6 +65,19 @@ def losses(label, level):
     return {seed: reading[1] for seed, reading in readings.items() if reading}
 
 
+def grid_runs(method, lr=None):
+    """Folders of a method's runs of the grid, at one learning rate or at all."""
+    start = method if lr is None else f"{method}-lr{lr:g}-"
+    labels = [label for label in TABLE["frontier"] if label.startswith(start)]
+    return [folder for label in labels for folder in runs_of(label).values()]
+
+
+def cells_of(text):
+    """The cells of a table in Markdown, a list a row, the header first."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    return [rows[0], *rows[2:]]
+
+
 def mean_of(values, digits=4):
     """Mean ± standard error and how many there are; empty for none."""
     values = list(values)
@@ -153,8 +166,7 @@ def summary(labels, levels, seeds=range(100)):
 
 def table_of_answers():
     """The main README's table: of table_of_main what is needed to answer."""
-    rows = [line.strip("| ").split(" | ") for line in table_of_main().splitlines()]
-    header, rows = rows[0], rows[2:]
+    header, *rows = cells_of(table_of_main())
     kept = [header.index(name) for name in ("run", "gain", *(f"gold lost at +{level:g}" for level in LEVELS))]
     return table([header[i] for i in kept], [[row[i].removesuffix(" (5)") for i in kept] for row in rows])
 
@@ -197,15 +209,20 @@ def table_of_variants():
     return summary(labels, [0.1, LEVEL], MINE)  # 0.1 is not planned: RatioNorm alone gains little more
 
 
+def seconds_of_epoch(label):
+    """Alone on the machine; None if that was not run. The runs themselves ran beside each other."""
+    alone = [about(folder)["epoch_seconds"] for folder in runs_of(f"time-{label}").values()]
+    return statistics.mean(alone) if alone else None
+
+
 def table_of_cost():
     """Images and seconds to a gain, and the gold lost there; means over the runs that reach it."""
     rows = []
     for label in ("main-guard", *TABLE["cost"]):
         folders = [folder for seed, folder in runs_of(label).items() if seed in MINE]
-        alone = runs_of(f"time-{label}").values()  # the others ran beside each other
-        if not folders or not alone:
+        epoch = seconds_of_epoch(label)
+        if not folders or not epoch:
             continue
-        epoch = statistics.mean(about(folder)["epoch_seconds"] for folder in alone)
         row = [NAMES.get(label, f"`{label}`"), str(len(folders)), f"{epoch:.1f}"]
         for level in LEVELS:
             found = [reading for folder in folders if (reading := at_gain(folder, level))]
@@ -306,10 +323,9 @@ def nearest(folder, gain=SIDE_GAIN):
     return int(updates[i]), float(gains[i])
 
 
-def scores_at(folder, update):
-    """(reward, gold) of every held-out prompt, two arrays."""
-    scores = columns(folder / "scores.csv", lambda row: row["update"] == str(update))
-    return scores["ocr"], scores["cards"]
+def gold_at(folder, update):
+    """Gold of every held-out prompt at an evaluation, an array."""
+    return columns(folder / "scores.csv", lambda row: row["update"] == str(update))["cards"]
 
 
 def table_of_sides():
@@ -320,7 +336,7 @@ def table_of_sides():
         if not seeds:
             continue
         pairs = [[nearest(runs_of(label)[seed]) for label in (MAIN[0], other)] for seed in seeds]
-        gold = [[scores_at(runs_of(label)[seed], update)[1]
+        gold = [[gold_at(runs_of(label)[seed], update)
                  for label, (update, _) in zip((MAIN[0], other), pair, strict=True)]
                 for seed, pair in zip(seeds, pairs, strict=True)]
         difference = np.concatenate([guarded - baseline for guarded, baseline in gold])
@@ -395,8 +411,8 @@ def difference(a, b, level):
 
 def grid_losses(method, lr):
     """Such as `0.0032 to 0.0035`: gold lost at LEVEL over the clip ranges of the grid."""
-    labels = [label for label in TABLE["frontier"] if label.startswith(f"{method}-lr{lr:g}-")]
-    lost = [loss for label in labels for loss in losses(label, LEVEL).values()]
+    readings = [at_gain(folder, LEVEL) for folder in grid_runs(method, lr)]
+    lost = [reading[1] for reading in readings if reading]
     return f"{min(lost):.4f} to {max(lost):.4f}"
 
 
@@ -415,16 +431,14 @@ def best_of(n):
 def cost(label, level):
     """(seconds, gold lost) to a gain, means over the seeds of the variants."""
     found = [at_gain(folder, level) for seed, folder in runs_of(label).items() if seed in MINE]
-    epoch = statistics.mean(about(folder)["epoch_seconds"] for folder in runs_of(f"time-{label}").values())
     epochs = statistics.mean(updates / 2 for updates, _ in found)
-    return epochs * epoch, statistics.mean(lost for _, lost in found)
+    return epochs * seconds_of_epoch(label), statistics.mean(lost for _, lost in found)
 
 
 def cost_of_window(level):
     """How a window of three noisy steps compares with all nine."""
     (seconds, lost), (all_seconds, all_lost) = (cost(label, level) for label in ("window-3", "main-guard"))
-    lost_by = [losses(label, level) for label in ("window-3", "main-guard")]
-    _, p = ttest_rel(*([of_label[seed] for seed in MINE] for of_label in lost_by))
+    _, p = pairs("window-3", "main-guard", level)
     return (f"With `--sde_window 3` Guard took {seconds / all_seconds:.0%} of the time to a gain of {level}, "
             f"and had lost {lost:.4f} gold; with all nine steps {all_lost:.4f} "
             f"({len(MINE)} seeds, p = {p:.2f})")
@@ -463,8 +477,7 @@ def sentences():
 
 def shares_of_steps():
     """Of the table by step: what is clipped at the ends."""
-    rows = [row.strip("| ").split(" | ") for row in table_of_steps().splitlines()[2:]]
-    first, last = (dict(zip(range(len(STEPS)), row, strict=True)) for row in (rows[0], rows[-1]))
+    _, first, *_, last = cells_of(table_of_steps())
     outside = [float(row[8][:-1]) + float(row[9][:-1]) for row in (first, last)]
     return [
         f"At the last step Flow-GRPO's mean is {last[1]}, and {last[2]} was foretold; it clips {last[5]} of "
@@ -475,8 +488,7 @@ def shares_of_steps():
 
 def blocked_and_lost():
     """Guard's runs of the grid at the two lower rates."""
-    found = [folder for lr in (2.2e-4, 6.7e-4) for label in TABLE["frontier"] for folder in
-             (runs_of(label).values() if label.startswith(f"guard-lr{lr:g}-") else ())]
+    found = grid_runs("guard", 2.2e-4) + grid_runs("guard", 6.7e-4)
     found = [(clipped(folder)[1], at_gain(folder, LEVEL)) for folder in found]
     blocked, lost = zip(*((share, reading[1]) for share, reading in found if reading), strict=True)
     return (f"with {min(blocked):.0%} to {max(blocked):.0%} blocked Guard lost {min(lost):.4f} to "
@@ -485,7 +497,7 @@ def blocked_and_lost():
 
 def what_gradients_did():
     """Of the table of gradients."""
-    rows = [row.strip("| ").split(" | ") for row in table_of_gradients().splitlines()[2:]]
+    _, *rows = cells_of(table_of_gradients())
     of = {(sampler, method): float(ratio.split()[0]) for sampler, method, ratio in rows}
     flow = [of["`flow`", method] for method in ("flow-grpo", "rationorm", "guard")]
     dance = of["`dance`", PRINTED], of["`dance`", "guard"]
@@ -496,8 +508,7 @@ def what_gradients_did():
 
 def what_grid_said():
     """The one of `looks` that warns at all often."""
-    tenth, third = ([int(cell) for cell in row.strip("| ").split(" | ")[2:]]
-                    for row in table_of_looks().splitlines() if row.startswith("| `grid`"))
+    tenth, third = (list(map(int, row[2:])) for row in cells_of(table_of_looks()) if row[0] == "`grid`")
     return (f"`grid`, by a third, warned before the fall in {third[0]} of {sum(third[:4])} runs, at the same "
             f"evaluation in {third[1]} and later in {third[2]}; without a fall in {third[4]} of "
             f"{sum(third[4:])}. By a tenth it warned in {sum(tenth) - tenth[3] - tenth[5]} of "

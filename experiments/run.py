@@ -48,7 +48,8 @@ TABLE = {
     "preset": {"main-guard-3lr": f"{OCR} --lr 2e-3 {SHORT}"},  # added when the frontier was known
     "cost": {
         "window-3": f"{OCR} --lr 6.7e-4 --sde_window 3 {LONG}",
-        "steps-6": f"{OCR} --lr 6.7e-4 --steps 6 {LONG}"},
+        "steps-6": f"{OCR} --lr 6.7e-4 --steps 6 {LONG}",
+        "window-3-3lr": f"{OCR} --lr 2e-3 --sde_window 3 {SHORT}"},  # added: the window at the preset's rate
     "time": {  # seconds an epoch: to be run with --side_by_side 1, on an idle machine
         f"time-{label}": f"{OCR} --lr 6.7e-4{flags} --epochs 4 --eval_every 4 --eval_prompts 16"
         for label, flags in (("main-guard", ""), ("window-3", " --sde_window 3"), ("steps-6", " --steps 6"))},
@@ -64,9 +65,13 @@ TABLE = {
         "pickscore-flow-grpo": "--task pickscore --model tiny-sd3 --method flow-grpo",
         "pickscore-dance-flow-grpo": "--task pickscore --model tiny-flux --sde dance --method flow-grpo",
         "pickscore-dance-guard": "--task pickscore --model tiny-flux --sde dance"},
+    "geneval": {
+        "geneval-flow-grpo": "--task geneval --model tiny-sd3 --method flow-grpo",
+        "geneval-dance-flow-grpo": "--task geneval --model tiny-flux --sde dance --method flow-grpo",
+        "geneval-dance-guard": "--task geneval --model tiny-flux --sde dance"},
 }
 SEEDS = dict.fromkeys(TABLE, (21, 22, 23)) | dict(
-    default=(0, 1, 2), ratio=(0,), frontier=(20,), pickscore=(0, 1, 2))
+    default=(0, 1, 2), ratio=(0,), frontier=(20,), pickscore=(0, 1, 2), geneval=(0, 1, 2))
 SEEDS["time"] = (21,)
 SEEDS["main"] = SEEDS["best"] = SEEDS["preset"] = (21, 22, 23, 24, 25)
 GUARD, BASELINE = "ocr-tiny-sd3-s0", "flow-grpo-s0"  # the two runs whose samples' rho is kept

@@ -56,6 +56,9 @@ TABLE = {
     "dance": {
         f"dance-{method}": f"--task ocr --model tiny-flux --sde dance --method {method} --lr 6.7e-4 {SHORT}"
         for method in ("flow-grpo", "guard")},
+    "dance-3lr": {  # added: at 6.7e-4 Guard hardly learns in 20 updates
+        f"dance-{method}-3lr": f"--task ocr --model tiny-flux --sde dance --method {method} --lr 2e-3 {SHORT}"
+        for method in ("flow-grpo", "guard")},
     "ablation": {
         method: f"{OCR} --method {method} --lr 6.7e-4 {SHORT}"
         for method in ("temp-reweight", "mean-revised", "rationorm")},

@@ -16,13 +16,15 @@ from scipy.stats import ttest_rel
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import rewards  # noqa: E402
 from experiments.run import RESULTS, SEEDS, TABLE, read  # noqa: E402
 from experiments.tables import about, columns, table  # noqa: E402
-from rewards import LOOKS  # noqa: E402
+from tiny import cards  # noqa: E402
 
 D, IMAGES = 512, 128  # dimensions of a latent of the tiny models; pictures an epoch
+HELD_OUT = 256  # prompts in an evaluation
 FRONTIER_LEVELS, LEVELS, LEVEL = (0.075, 0.15), (0.125, 0.225), 0.15  # gains at which gold is read off
-SIDE_GAIN, TIE = 0.2, 0.005  # win, tie and lose: at the evaluations nearest to this gain
+SIDE_GAIN, TIE = 0.2, 0.005  # of win, tie and lose; the pictures are of the evaluations nearest to it
 FALL = 0.01  # of gold: a run that is over-optimized
 PRINTED = "rationorm, (1 + eta²/2) / dt"  # DanceGRPO's weight in notes of others
 TAU = {"a tenth": 0.1, "a third": 1 / 3}
@@ -45,17 +47,25 @@ def curve(folder):
     return evals["update"], evals["proxy"] - evals["proxy"][0], evals["cards"] - evals["cards"][0]
 
 
-def at_gain(folder, level):
-    """(updates, gold lost) where the gain first reaches a level, between two evaluations by a straight line.
+def crossing(gain, level):
+    """Where a curve first reaches a level: (i, part), part of the way from evaluation i - 1 to i.
 
     None if it never does.
     """
-    updates, gain, gold = curve(folder)
     reached = np.flatnonzero(gain >= level)
     if not len(reached):
         return None
     i = reached[0]
-    part = (level - gain[i - 1]) / (gain[i] - gain[i - 1])
+    return i, (level - gain[i - 1]) / (gain[i] - gain[i - 1])
+
+
+def at_gain(folder, level):
+    """(updates, gold lost) where the gain first reaches a level, by a straight line; None if it never does."""
+    updates, gain, gold = curve(folder)
+    place = crossing(gain, level)
+    if place is None:
+        return None
+    i, part = place
     return tuple(float(x[i - 1] + part * (x[i] - x[i - 1])) for x in (updates, -gold))
 
 
@@ -211,6 +221,7 @@ def table_of_variants():
 
 def seconds_of_epoch(label):
     """Alone on the machine; None if that was not run. The runs themselves ran beside each other."""
+    label = label.removesuffix("-3lr")  # the rate takes no time
     alone = [about(folder)["epoch_seconds"] for folder in runs_of(f"time-{label}").values()]
     return statistics.mean(alone) if alone else None
 
@@ -218,7 +229,7 @@ def seconds_of_epoch(label):
 def table_of_cost():
     """Images and seconds to a gain, and the gold lost there; means over the runs that reach it."""
     rows = []
-    for label in ("main-guard", *TABLE["cost"]):
+    for label in ("main-guard", "window-3", "steps-6", "main-guard-3lr", "window-3-3lr"):
         folders = [folder for seed, folder in runs_of(label).items() if seed in MINE]
         epoch = seconds_of_epoch(label)
         if not folders or not epoch:
@@ -323,29 +334,37 @@ def nearest(folder, gain=SIDE_GAIN):
     return int(updates[i]), float(gains[i])
 
 
-def gold_at(folder, update):
-    """Gold of every held-out prompt at an evaluation, an array."""
-    return columns(folder / "scores.csv", lambda row: row["update"] == str(update))["cards"]
+def gold_of_prompts(folder, gain=SIDE_GAIN):
+    """Gold of every held-out prompt where a run first reaches a gain, by a straight line as in at_gain."""
+    updates, gains, _ = curve(folder)
+    i, part = crossing(gains, gain)
+    before, after = (
+        columns(folder / "scores.csv", lambda row, u=u: int(row["update"]) == u)["cards"]
+        for u in updates[i - 1 : i + 1])
+    return before + part * (after - before)
+
+
+def words_unseen():
+    """Of the held-out prompts in their order: whether no training prompt has its word."""
+    _, held_out = rewards.read_set(rewards.PROMPTS / "cards")
+    words = [rewards.quoted_text(prompt) for prompt, _ in held_out[:HELD_OUT]]
+    return np.array([word in cards.UNSEEN_WORDS for word in words])
 
 
 def table_of_sides():
-    """Prompt by prompt, gold of Guard against Flow-GRPO at about equal reward, all seeds together."""
-    rows = []
+    """Prompt by prompt, gold of Guard against Flow-GRPO at equal gain, all seeds together."""
+    rows, unseen = [], words_unseen()
     for other in MAIN[1:]:
-        seeds = sorted(runs_of(MAIN[0]).keys() & runs_of(other).keys())
-        if not seeds:
-            continue
-        pairs = [[nearest(runs_of(label)[seed]) for label in (MAIN[0], other)] for seed in seeds]
-        gold = [[gold_at(runs_of(label)[seed], update)
-                 for label, (update, _) in zip((MAIN[0], other), pair, strict=True)]
-                for seed, pair in zip(seeds, pairs, strict=True)]
-        difference = np.concatenate([guarded - baseline for guarded, baseline in gold])
-        shares = (difference > TIE).mean(), (abs(difference) <= TIE).mean(), (difference < -TIE).mean()
-        gains = [f"{statistics.mean(pair[k][1] for pair in pairs):+.3f}" for k in (0, 1)]
-        rows.append([NAMES[other], str(len(seeds)), *gains, *(f"{share:.0%}" for share in shares),
-                     f"{difference.mean():+.4f}"])
-    return table(["Guard against", "seeds", "its gain", "the other's", "win", "tie", "lose",
-                  "gold, Guard less the other"], rows)
+        guarded, baseline = runs_of(MAIN[0]), runs_of(other)
+        seeds = sorted(guarded.keys() & baseline.keys())
+        pairs = [gold_of_prompts(guarded[seed]) - gold_of_prompts(baseline[seed]) for seed in seeds]
+        for words, which in (("seen", ~unseen), ("unseen", unseen)):
+            difference = np.concatenate([pair[which] for pair in pairs])
+            shares = (difference > TIE).mean(), (abs(difference) <= TIE).mean(), (difference < -TIE).mean()
+            rows.append([NAMES[other], words, f"{len(seeds)} x {which.sum()}",
+                         *(f"{share:.0%}" for share in shares), f"{difference.mean():+.4f}"])
+    header = ["Guard against", "words", "seeds x prompts", "win", "tie", "lose", "gold, Guard less the other"]
+    return table(header, rows)
 
 
 def table_of_readers():
@@ -372,7 +391,7 @@ def table_of_looks():
     groups = ("frontier", "main", "cost", "ablation", "kl", "cps")
     folders = [f for group in groups for label in TABLE[group] for f in runs_of(label).values()]
     rows = []
-    for name in LOOKS:
+    for name in rewards.LOOKS:
         for said, tau in TAU.items():
             counts = dict.fromkeys(("before", "with", "after", "never", "false", "quiet"), 0)
             for folder in folders:
@@ -435,13 +454,12 @@ def cost(label, level):
     return epochs * seconds_of_epoch(label), statistics.mean(lost for _, lost in found)
 
 
-def cost_of_window(level):
-    """How a window of three noisy steps compares with all nine."""
-    (seconds, lost), (all_seconds, all_lost) = (cost(label, level) for label in ("window-3", "main-guard"))
-    _, p = pairs("window-3", "main-guard", level)
-    return (f"With `--sde_window 3` Guard took {seconds / all_seconds:.0%} of the time to a gain of {level}, "
-            f"and had lost {lost:.4f} gold; with all nine steps {all_lost:.4f} "
-            f"({len(MINE)} seeds, p = {p:.2f})")
+def cost_of_window(window, whole, level):
+    """How a window of three noisy steps compares with all nine, at one learning rate."""
+    (seconds, lost), (all_seconds, all_lost) = (cost(label, level) for label in (window, whole))
+    _, p = pairs(window, whole, level)
+    return (f"took {seconds / all_seconds:.0%} of the time to a gain of {level} and had lost {lost:.4f} "
+            f"gold; with all nine steps {all_lost:.4f} ({len(MINE)} seeds, p = {p:.2f})")
 
 
 ANSWERS = 8  # of the sentences, those that the main README has too
@@ -466,7 +484,7 @@ def sentences():
         f"{grid_run('guard', 6.7e-4, 2.3e-5)[0]:.3f} with 2.3e-5",
         f"at 2e-3 and 2.1e-4 it gained {wide[0]:.3f} and lost {-wide[1]:.3f} gold",
         f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
-        cost_of_window(most),
+        f"With `--sde_window 3` Guard at 6.7e-4 {cost_of_window('window-3', 'main-guard', most)}",
         *shares_of_steps(),
         blocked_and_lost(),
         what_gradients_did(),

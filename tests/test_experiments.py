@@ -231,7 +231,7 @@ def test_best_of_n_is_the_mean_over_all_choices(n):
 
 def test_a_run_of_the_table_is_a_command_of_guard_py():
     names = list(run.all_runs())
-    assert len(names) == 124 and {run.GUARD, run.BASELINE} <= set(names)
+    assert len(names) == 130 and {run.GUARD, run.BASELINE} <= set(names)
     assert names[1:7:5] == ["geneval-tiny-sd3-s0", "ocr-tiny-sd3-s1"] and names[18] == run.BASELINE
     assert names[37:40] == ["main-guard-s21", "main-flow-grpo-s21", "main-flow-grpo-3lr-s21"]
     for name, (group, label, given) in run.all_runs().items():

@@ -575,9 +575,9 @@ def update(backbone, policy, args, steps, slices, advantage, groups):
     trained, D = [step for step in steps if step.s > 0], math.prod(backbone.shape)
     terms = len(groups) * args.group_size * len(trained)
     values = torch.zeros(3, advantage.numel(), len(trained), dtype=torch.float64)  # loss, rho, KL
-    for piece in tqdm(slices, desc="update", leave=False, disable=RANK > 0):
-        group = piece.numbers[0] // args.group_size
-        if group not in groups or not (args.kl_beta or advantage[group].any()):
+    mine = [piece for piece in slices if piece.numbers[0] // args.group_size in groups]
+    for piece in tqdm(mine, desc="update", leave=False, disable=RANK > 0):
+        if not (args.kl_beta or advantage[piece.numbers[0] // args.group_size].any()):
             continue  # a dead group has no gradient but its KL's, so it takes no passes
         A = advantage.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
@@ -589,7 +589,8 @@ def update(backbone, policy, args, steps, slices, advantage, groups):
     loss, rho, kl = values[:, groups]
     kl = kl.mean((0, 1)) if args.kl_beta else torch.tensor(math.nan)
     line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl, **statistics(args, rho, advantage[groups]))
-    return dict(skipped=policy.skipped > 0) | {name: for_json(value) for name, value in line.items()}
+    line = {name: for_json(value) for name, value in line.items()}
+    return dict(skipped=policy.skipped > 0, sigma=[step.sigma for step in trained]) | line
 
 
 def statistics(args, rho, advantage):
@@ -727,9 +728,9 @@ def log(args, **line):
     rollout  one epoch's sampling: reward_mean and reward_std over its `images`; dead_groups; seconds spent
              sampling, waiting for rewards, training
     update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; skipped: its
-             gradient was not finite; loss; grad_norm before clipping to 1. Per trained step, noisiest first:
-             kl to the base, of all samples, if it is in the loss; of the live ones ratio_mean and ratio_std,
-             of rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
+             gradient was not finite; loss; grad_norm before clipping to 1. Per trained step: its sigma; kl to
+             the base, of all samples, if it is in the loss; of the live ones ratio_mean and ratio_std, of
+             rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
              share whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
     eval     of held-out prompts: proxy, the trained reward; gold; looks; kl_to_base. See `evaluate`
     """

@@ -110,7 +110,7 @@ def default_runs():
     for row, model in zip(axes, MODELS, strict=True):
         for axis, task in zip(row, TASKS, strict=True):
             axis.set(title=f"{task}, {model}", xlabel="updates")
-            runs = [columns(folder / "evals.csv") for folder in runs_of(task, model)]
+            runs = [columns(folder / "evals.csv") for folder in runs_of(f"{task}-{model}").values()]
             if runs:
                 curve(axis, runs, "proxy", "reward", "tab:blue")
                 curve(axis, runs, "cards", "gold, only watched", "tab:orange")
@@ -173,7 +173,7 @@ def pareto(points):
 def gold_against_reward(axis):
     """Gold against reward of the main runs, a line a seed, and of best of n."""
     for label in MAIN_COLOURS:
-        for folder in study.runs_of(label).values():
+        for folder in runs_of(label).values():
             _, gain, gold = study.curve(folder)
             axis.plot(gain, gold, "o-", ms=3, lw=1, color=MAIN_COLOURS[label])
         axis.plot([], [], color=MAIN_COLOURS[label], label=study.NAMES[label])
@@ -200,7 +200,7 @@ def distance():
     for axis, name, of_best, title in ((axes[0], "proxy", "proxy", "gain in reward"),
                                        (axes[1], "cards", "gold", "change in gold")):
         for label in MAIN_COLOURS:
-            for folder in study.runs_of(label).values():
+            for folder in runs_of(label).values():
                 evals = columns(folder / "evals.csv")
                 root = np.sqrt(study.D * evals["kl_to_base"])
                 axis.plot(root, evals[name] - evals[name][0], "o-", ms=3, lw=1, color=MAIN_COLOURS[label])

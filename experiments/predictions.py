@@ -25,7 +25,8 @@ sys.path.insert(0, str(HERE.parent))
 import guard  # noqa: E402
 import rewards  # noqa: E402
 from experiments.run import RESULTS, RUNS, SEEDS, write  # noqa: E402
-from experiments.study import MAIN, NAMES, nearest, runs_of  # noqa: E402
+from experiments.study import MAIN, NAMES, nearest  # noqa: E402
+from experiments.tables import runs_of  # noqa: E402
 from tiny import cards  # noqa: E402
 
 STEPS, PROMPTS, SHOWN, WIDTH = 10, 8, 4, 128

@@ -62,6 +62,11 @@ TABLE = {
     "ablation": {
         method: f"{OCR} --method {method} --lr 6.7e-4 {SHORT}"
         for method in ("temp-reweight", "mean-revised", "rationorm")},
+    "noclip": {  # added: what is left of the methods' difference when no sample is blocked
+        f"noclip-{method}": f"{OCR} --method {method} --lr 6.7e-4 --clip 1 {SHORT}" for method in CLIPS},
+    "shift": {  # added: the left shift alone, with a clip range and a rate at which the clip acts
+        f"shift-{method}": f"{OCR} --method {method} --lr 2e-3 --clip 2.2e-4 {SHORT}"
+        for method in ("flow-grpo", "mean-revised")},
     "kl": {f"kl-{method}": f"{OCR} --method {method} --kl_beta 0.04 --lr 6.7e-4 {SHORT}" for method in CLIPS},
     "cps": {f"cps-{method}": f"{OCR} --sde cps --method {method} --lr 6.7e-4 {SHORT}" for method in CLIPS},
     "pickscore": {

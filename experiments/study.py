@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import rewards  # noqa: E402
 from experiments.run import RESULTS, SEEDS, TABLE, read  # noqa: E402
-from experiments.tables import about, columns, table  # noqa: E402
+from experiments.tables import about, columns, runs_of, table  # noqa: E402
 from tiny import cards  # noqa: E402
 
 D, IMAGES = 512, 128  # dimensions of a latent of the tiny models; pictures an epoch
@@ -32,13 +32,6 @@ TAU = {"a tenth": 0.1, "a third": 1 / 3}
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading
-
-
-def runs_of(label):
-    """Seed -> folder of results, of a label's runs that are done."""
-    group = next(group for group, rows in TABLE.items() if label in rows)
-    folders = {seed: RESULTS / f"{label}-s{seed}" for seed in SEEDS[group]}
-    return {seed: folder for seed, folder in folders.items() if (folder / "run.json").exists()}
 
 
 def curve(folder):
@@ -60,7 +53,7 @@ def crossing(gain, level):
 
 
 def at_gain(folder, level):
-    """(updates, gold lost) where the gain first reaches a level, by a straight line; None if it never does."""
+    """(updates, gold lost) where the gain first reaches a level, by a straight line; None if never."""
     updates, gain, gold = curve(folder)
     place = crossing(gain, level)
     if place is None:

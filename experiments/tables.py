@@ -15,7 +15,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from experiments.run import MODELS, RESULTS, SEEDS, TASKS, read  # noqa: E402
+from experiments.run import MODELS, RESULTS, SEEDS, TABLE, TASKS, read  # noqa: E402
 from tiny import cards  # noqa: E402
 
 REWARD = dict(ocr="ocr", geneval="tiny-geneval", pickscore="tiny-pickscore")  # of the tiny models, by task
@@ -26,10 +26,11 @@ STRICT = "tiny-geneval-strict"
 # Reading
 
 
-def runs_of(task, model):
-    """Folders of the results of a task's default runs on a model, of those that are done."""
-    folders = [RESULTS / f"{task}-{model}-s{seed}" for seed in SEEDS["default"]]
-    return [folder for folder in folders if (folder / "run.json").exists()]
+def runs_of(label):
+    """Seed -> folder of results, of a label's runs that are done."""
+    group = next(group for group, rows in TABLE.items() if label in rows)
+    folders = {seed: RESULTS / f"{label}-s{seed}" for seed in SEEDS[group]}
+    return {seed: folder for seed, folder in folders.items() if (folder / "run.json").exists()}
 
 
 def about(folder):
@@ -74,7 +75,7 @@ def trained():
     """(task, model, folders, columns of their evaluations) of what has any run that is done."""
     for model in MODELS:
         for task in TASKS:
-            folders = runs_of(task, model)
+            folders = list(runs_of(f"{task}-{model}").values())
             if folders:
                 yield task, model, folders, [columns(folder / "evals.csv") for folder in folders]
 

@@ -153,10 +153,27 @@ def test_gold_is_read_where_the_gain_is_first_reached(tmp_path):
     assert study.clipped(one) == pytest.approx((0.375, 0.15))
 
 
+def test_prompts_are_set_side_by_side_at_equal_gain(tmp_path, monkeypatch):
+    """Half way between two evaluations, each prompt's gold is half way too. A tie is within 0.005."""
+    golds = {"main-guard": (0.9, 0.8, 0.7), "main-flow-grpo": (0.8, 0.806, 0.8)}
+    for label, after in golds.items():
+        folder = a_run(tmp_path / label, (0, 0.4), (0, 0))
+        rows = [dict(update=update, prompt=i, cards=gold)
+                for update, found in ((0, (0.8, 0.8, 0.8)), (2, after)) for i, gold in enumerate(found)]
+        run.write(folder / "scores.csv", rows)
+    assert study.gold_of_prompts(tmp_path / "main-guard") == pytest.approx([0.85, 0.8, 0.75])
+    monkeypatch.setattr(study, "MAIN", ("main-guard", "main-flow-grpo"))
+    monkeypatch.setattr(study, "runs_of", lambda label: {21: tmp_path / label})
+    monkeypatch.setattr(study, "words_unseen", lambda: np.array([False, False, True]))
+    assert study.table_of_sides().splitlines()[2:] == [
+        "| Flow-GRPO, lr 6.7e-4 | seen | 1 x 2 | 50% | 50% | 0% | +0.0235 |",
+        "| Flow-GRPO, lr 6.7e-4 | unseen | 1 x 1 | 0% | 0% | 100% | -0.0500 |"]
+
+
 @pytest.fixture
 def pair_of_methods(tmp_path, monkeypatch):
     """Three seeds of Guard and of Flow-GRPO; the third of Flow-GRPO reaches no gain of 0.225."""
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for seed, mine, theirs, end in ((21, 1, 3, 0.3), (22, 2, 3, 0.3), (23, 3, 8, 0.2)):
         a_run(tmp_path / f"main-guard-s{seed}", (0, 0.25), (0, -mine * 1e-3))
         a_run(tmp_path / f"main-flow-grpo-s{seed}", (0, end), (0, -theirs * 1e-3 * end / 0.25))
@@ -175,7 +192,7 @@ def test_differences_are_paired_by_seed(pair_of_methods):
 
 
 def test_the_best_setting_is_that_with_the_least_mean_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     labels = [label for label in run.TABLE["frontier"] if label.startswith("guard")]
     for label, end, gold in zip(labels, (0.2, 0.2, 0.1), (-0.003, -0.002, -0.001), strict=False):
         a_run(tmp_path / f"{label}-s20", (0, end), (0, gold), method="guard", lr=1e-3, clip=1e-5)
@@ -231,7 +248,7 @@ def test_best_of_n_is_the_mean_over_all_choices(n):
 
 def test_a_run_of_the_table_is_a_command_of_guard_py():
     names = list(run.all_runs())
-    assert len(names) == 130 and {run.GUARD, run.BASELINE} <= set(names)
+    assert len(names) == 142 and {run.GUARD, run.BASELINE} <= set(names)
     assert names[1:7:5] == ["geneval-tiny-sd3-s0", "ocr-tiny-sd3-s1"] and names[18] == run.BASELINE
     assert names[37:40] == ["main-guard-s21", "main-flow-grpo-s21", "main-flow-grpo-3lr-s21"]
     for name, (group, label, given) in run.all_runs().items():

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import rewards  # noqa: E402
-from experiments.run import RESULTS, SEEDS, TABLE, read  # noqa: E402
+from experiments.run import BASELINE, GUARD, RESULTS, SEEDS, TABLE, read  # noqa: E402
 from experiments.tables import about, columns, runs_of, table  # noqa: E402
 from tiny import cards  # noqa: E402
 
@@ -170,7 +170,8 @@ def summary(labels, levels, seeds=range(100)):
 def table_of_answers():
     """The main README's table: of table_of_main what is needed to answer."""
     header, *rows = cells_of(table_of_main())
-    kept = [header.index(name) for name in ("run", "gain", *(f"gold lost at +{level:g}" for level in LEVELS))]
+    names = ["run", "updates", "gain", *(f"gold lost at +{level:g}" for level in LEVELS)]
+    kept = [header.index(name) for name in names]
     return table([header[i] for i in kept], [[row[i].removesuffix(" (5)") for i in kept] for row in rows])
 
 
@@ -411,14 +412,59 @@ def verdict(warned, fell):
 # In words
 
 
-def difference(a, b, level):
-    """Such as `0.0014 ± 0.0002 less (5 of 5 seeds, p = 0.003)`: gold lost by a against b, at a gain."""
-    found, p = pairs(a, b, level)
-    mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
-    which = "less" if mean < 0 else "more"
-    alike = sum((d < 0) == (mean < 0) for d in found)
-    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    return f"{abs(mean):.4f} ± {error:.4f} {which} ({alike} of {len(found)} seeds, {chance})"
+def less(a, b, level):
+    """Such as `0.0014 ± 0.0002`: how much less gold a has lost than b, at a gain."""
+    return mean_of(-d for d in pairs(a, b, level)[0]).rpartition(" (")[0]
+
+
+def chance(a, b, level):
+    return f"{pairs(a, b, level)[1]:.3f}"
+
+
+def less_gold_lost(level):
+    """Guard against Flow-GRPO, the four comparisons."""
+    same, pairing, best, high = COMPARISONS
+    p = ", ".join(chance(*pair, level) for pair in (same, high, pairing, best))
+    return (f"At a gain of {level} GRPO-Guard had lost less gold than Flow-GRPO, by {less(*same, level)} at "
+            f"the same learning rate, 6.7e-4; by {less(*high, level)} at 2e-3; by {less(*pairing, level)} at "
+            f"the paper's pairing, three times the rate for Flow-GRPO; and by {less(*best, level)} best "
+            f"setting against best ({len(losses(MAIN[0], level))} seeds; p = {p})")
+
+
+def rate_against_method(level):
+    """What a rate costs beside what the method brings."""
+    pair = "main-flow-grpo", "main-guard-3lr"
+    return (f"Guard at 2e-3 lost {less(*pair, level)} more than Flow-GRPO at 6.7e-4 "
+            f"(p = {chance(*pair, level)})")
+
+
+def at_distance(folder, root):
+    """(gain, change in gold) where the root of KL first reaches so many nats."""
+    evals = columns(folder / "evals.csv")
+    i, part = crossing(np.sqrt(D * evals["kl_to_base"]), root)
+    return [x[i - 1] + part * (x[i] - x[i - 1]) for x in curve(folder)[1:]]
+
+
+def at_equal_distance(root=3):
+    """Guard less Flow-GRPO at 6.7e-4, paired by seed."""
+    guarded, baseline = (
+        np.array([at_distance(folder, root) for folder in runs_of(label).values()]) for label in MAIN[:2])
+    gain, gold = (guarded - baseline).T
+    p = ttest_rel(guarded[:, 1], baseline[:, 1]).pvalue
+    gain, gold = (mean_of(x).rpartition(" (")[0] for x in (gain, gold))
+    return (f"Where the root of KL is {root}, Guard at 6.7e-4 had gained {gain} more than Flow-GRPO, and its "
+            f"gold was {gold} higher (p = {p:.2f})")
+
+
+def who_is_blocked():
+    """Of the figure of the ratio: shares of good and of bad images at the last step."""
+    shares = []
+    for name in (BASELINE, GUARD):
+        rows = columns(RESULTS / name / "rho.csv", lambda row: row["step"] == "8")
+        rho, A, clip = rows["rho"], rows["advantage"], about(RESULTS / name)["settings"]["clip"]
+        shares += [(rho[A > 0] > clip).mean(), (rho[A < 0] < -clip).mean()]
+    return ("At the last step Flow-GRPO blocks {:.0%} of the good images and {:.0%} of the bad ones; Guard "
+            "{:.0%} and {:.0%}").format(*shares)
 
 
 def grid_losses(method, lr):
@@ -464,12 +510,9 @@ def sentences():
     reward, gold = best_of(4)
     wide = grid_run("guard", 2e-3, 2.1e-4)
     return [
-        f"At a gain of {most} GRPO-Guard had lost less gold than Flow-GRPO: at the same learning rate, "
-        f"6.7e-4, {difference('main-guard', 'main-flow-grpo', most)}; at 2e-3, "
-        f"{difference('main-guard-3lr', 'main-flow-grpo-3lr', most)}",
-        "at the paper's pairing, three times the rate for Flow-GRPO, "
-        f"{difference('main-guard', 'main-flow-grpo-3lr', most)}",
-        f"with each method's best setting, {difference('best-guard', 'best-flow-grpo', most)}",
+        less_gold_lost(most),
+        rate_against_method(most),
+        who_is_blocked(),
         f"At a gain of {LEVEL} Guard lost {grid_losses('guard', 6.7e-4)} at 6.7e-4 and "
         f"{grid_losses('guard', 2e-3)} at 2e-3; Flow-GRPO {grid_losses('flow-grpo', 6.7e-4)} and "
         f"{grid_losses('flow-grpo', 2e-3)}",
@@ -478,6 +521,7 @@ def sentences():
         f"at 2e-3 and 2.1e-4 it gained {wide[0]:.3f} and lost {-wide[1]:.3f} gold",
         f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
         f"With `--sde_window 3` Guard at 6.7e-4 {cost_of_window('window-3', 'main-guard', most)}",
+        at_equal_distance(),
         *shares_of_steps(),
         blocked_and_lost(),
         what_gradients_did(),

@@ -92,7 +92,9 @@ def gradient_norms():
             norms = np.array([float(row["grad_norm"]) for row in rows if row["method"] == method])
             norms = norms.reshape(len({row["seed"] for row in rows}), -1)  # (seeds, steps)
             relative, steps = norms / norms.mean(1, keepdims=True), range(norms.shape[1])
-            axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method], label=method)
+            ratio = (norms.max(1) / norms.min(1)).mean()
+            axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method],
+                          label=f"{method}: largest / smallest {ratio:.1f}")
             axis.fill_between(steps, relative.min(0), relative.max(0), color=COLOURS[method], alpha=0.2)
         axis.set(xlabel="denoising step, noisiest first", title=f"sampler: {sde}")
         axis.legend(fontsize=8)
@@ -143,14 +145,14 @@ def frontier():
         for folder in study.grid_runs(method):
             settings, (_, gain, gold) = about(folder)["settings"], study.curve(folder)
             place = CLIPS[method].index(settings["clip"])  # the preset's range is the darkest
-            style = dict(color=colour, alpha=1 - 0.33 * place, ms=4, lw=0.8)
-            axes[0].plot(gain, gold, MARKS[settings["lr"]] + "-", **style)
-            lost = study.at_gain(folder, study.LEVEL)
-            if lost:
-                axes[1].plot(study.clipped(folder)[1], lost[1], MARKS[settings["lr"]], color=colour)
+            axes[0].plot(gain, gold, MARKS[settings["lr"]], color=colour, alpha=1 - 0.33 * place, ms=5)
             points += zip(gain, gold, strict=True)
         best = pareto(points)
         axes[0].step(*zip(*best, strict=True), where="pre", color=colour, lw=3, alpha=0.35)
+        for lr, mark in MARKS.items():
+            folders = [folder for folder in study.grid_runs(method, lr) if study.at_gain(folder, study.LEVEL)]
+            lost = [study.at_gain(folder, study.LEVEL)[1] for folder in folders]
+            axes[1].plot([study.clipped(folder)[1] for folder in folders], lost, mark + "-", color=colour)
     for lr, mark in MARKS.items():
         axes[0].plot([], [], mark, color="gray", label=f"lr {lr:g}")
     axes[0].plot([], [], color="tab:blue", label="Guard")
@@ -170,13 +172,24 @@ def pareto(points):
     return best[::-1]
 
 
+def lines_and_mean(axis, label, points, at):
+    """A thin line a seed through points(folder), and a thick one, the mean of at(folder, x) over seeds."""
+    colour, folders = MAIN_COLOURS[label], runs_of(label).values()
+    ends = []
+    for folder in folders:
+        x, y = points(folder)
+        axis.plot(x, y, lw=0.8, alpha=0.4, color=colour)
+        ends.append(max(x))
+    grid = np.linspace(0.02, 0.999, 40) * min(ends)  # as far as every seed has come
+    means = [np.mean([at(folder, x) for folder in folders]) for x in grid]
+    axis.plot([0, *grid], [0, *means], lw=2.5, color=colour, label=study.NAMES[label])
+
+
 def gold_against_reward(axis):
-    """Gold against reward of the main runs, a line a seed, and of best of n."""
+    """Gold against reward of the main runs, and of best of n."""
     for label in MAIN_COLOURS:
-        for folder in runs_of(label).values():
-            _, gain, gold = study.curve(folder)
-            axis.plot(gain, gold, "o-", ms=3, lw=1, color=MAIN_COLOURS[label])
-        axis.plot([], [], color=MAIN_COLOURS[label], label=study.NAMES[label])
+        lines_and_mean(axis, label, lambda folder: study.curve(folder)[1:],
+                       lambda folder, gain: -study.at_gain(folder, gain)[1])
     best = columns(RESULTS / "best_of_n.csv")
     axis.plot(best["proxy"] - best["proxy"][0], best["gold"] - best["gold"][0], "k.--", lw=1,
               label="best of n pictures, no training")
@@ -186,27 +199,24 @@ def gold_against_reward(axis):
 
 def main_comparison():
     """The main README's figure: gold against reward, and the pictures of predictions.py below it."""
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6.4), height_ratios=(1.9, 1))
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 6.1), height_ratios=(1.5, 1))
     gold_against_reward(above)
     below.imshow(plt.imread(HERE / "figures" / "samples.png"))
     below.axis("off")
-    save(figure, "study", dpi=110)
+    save(figure, "study", dpi=120)
 
 
 def distance():
     """Reward and gold against the square root of KL, as Gao et al. draw them."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     best = columns(RESULTS / "best_of_n.csv")
-    for axis, name, of_best, title in ((axes[0], "proxy", "proxy", "gain in reward"),
-                                       (axes[1], "cards", "gold", "change in gold")):
+    for k, axis, of_best, title in ((1, axes[0], "proxy", "gain in reward"),
+                                    (2, axes[1], "gold", "change in gold")):
         for label in MAIN_COLOURS:
-            for folder in runs_of(label).values():
-                evals = columns(folder / "evals.csv")
-                root = np.sqrt(study.D * evals["kl_to_base"])
-                axis.plot(root, evals[name] - evals[name][0], "o-", ms=3, lw=1, color=MAIN_COLOURS[label])
-            axis.plot([], [], color=MAIN_COLOURS[label], label=study.NAMES[label])
+            lines_and_mean(axis, label, lambda folder, k=k: (study.distance(folder), study.curve(folder)[k]),
+                           lambda folder, root, k=k: study.at_distance(folder, root)[k - 1])
         axis.plot(np.sqrt(best["kl"]), best[of_best] - best[of_best][0], "k.--", lw=1, label="best of n")
-        axis.set(xlabel="square root of KL to the base model, nats", ylabel=title)
+        axis.set(xlabel="square root of KL to the base model", ylabel=title)
     axes[0].legend(fontsize=8)
     save(figure, "distance")
 

@@ -104,9 +104,9 @@ def read_twice(lora, seed):
     return row
 
 
-def grid(name, top, rows):
+def grid(name, top, rows, left):
     """A picture of pictures. top: what stands over the columns; rows: (what stands before it, pictures)."""
-    height, left, above = WIDTH // 2, 150, 20
+    height, above = WIDTH // 2, 20
     sheet = Image.new("RGB", (left + len(top) * WIDTH, above + len(rows) * height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for column, text in enumerate(top):
@@ -134,22 +134,31 @@ def hacked_by_step(held_out):
         loras[name] = guard.checkpoints(run)[-1]
     table = {name: predictions(lora, held_out, seed) for name, lora in loras.items()}
     rows = [(name, [x0[i] for x0 in table[name]]) for i in range(SHOWN) for name in loras]
-    grid("fig11", [f"step {t}" for t in range(STEPS)], rows)
+    grid("fig11", [f"step {t}" for t in range(STEPS)], rows, left=150)
 
 
-def main():
-    held_out = rewards.read_set(rewards.PROMPTS / "cards")[1][:PROMPTS]
-    captions = [caption(prompt) for prompt, _ in held_out]
+def side_by_side(held_out):
+    """What stands below the main README's figure."""
     loras = {"base": None} | {NAMES[label]: checkpoint(label, SEED) for label in MAIN}
     rows = [(name.replace(", ", "\n"), predictions(lora, held_out, SEED)[-1]) for name, lora in loras.items()]
-    grid("samples", captions, rows)
-    hacked_by_step(held_out)
+    grid("samples", [caption(prompt) for prompt, _ in held_out], rows, left=80)
+
+
+def two_readers():
+    """readers.csv."""
     rows = []
     for label in ("base", *MAIN):
         for seed in runs_of(MAIN[0]):
             lora = None if label == "base" else checkpoint(label, seed)
             rows.append(dict(run=label, seed=seed) | read_twice(lora, seed))
     write(RESULTS / "readers.csv", rows)
+
+
+def main():
+    held_out = rewards.read_set(rewards.PROMPTS / "cards")[1][:PROMPTS]
+    side_by_side(held_out)
+    hacked_by_step(held_out)
+    two_readers()
 
 
 if __name__ == "__main__":

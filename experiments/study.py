@@ -438,10 +438,14 @@ def rate_against_method(level):
             f"(p = {chance(*pair, level)})")
 
 
+def distance(folder):
+    """The root of KL to the base, of the stochastic trajectory, at every evaluation."""
+    return np.sqrt(D * columns(folder / "evals.csv")["kl_to_base"])
+
+
 def at_distance(folder, root):
-    """(gain, change in gold) where the root of KL first reaches so many nats."""
-    evals = columns(folder / "evals.csv")
-    i, part = crossing(np.sqrt(D * evals["kl_to_base"]), root)
+    """(gain, change in gold) where the root of KL first reaches a number."""
+    i, part = crossing(distance(folder), root)
     return [x[i - 1] + part * (x[i] - x[i - 1]) for x in curve(folder)[1:]]
 
 

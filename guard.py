@@ -1,11 +1,11 @@
-"""GRPO-Guard in one file: reinforcement learning of flow-matching image models, with a clip that works.
+"""GRPO-Guard in one file: reinforcement learning of flow-matching image models.
 
 GRPO fine-tunes a text-to-image model on a reward. It draws a group of images per prompt with a stochastic
 sampler, scores them, and pushes the model towards those that scored above their group's mean. PPO's clip is
-meant to stop that push once the policy has moved far enough. In flow models it does not: the importance
-ratio of new and old policy lies below 1 on average, and its spread differs by orders of magnitude over the
-denoising steps. So good samples never reach the upper clip: the reward goes up, and the pictures go bad.
-GRPO-Guard (arXiv 2510.22319) mends that with two equations:
+meant to stop that push once the policy has moved far enough. In flow models, the paper says, it does not:
+the importance ratio of new and old policy lies below 1 on average, and its spread differs by orders of
+magnitude over the denoising steps. So good samples hardly reach the upper clip: the reward goes up, and the
+pictures go bad. GRPO-Guard (arXiv 2510.22319) mends that with two equations:
 
     RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, a line of `log_ratio`
     reweighting   a step's objective is multiplied by delta = 1 / dt          a line of `reweighting`
@@ -189,12 +189,15 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     Departure: the authors subtract two log-probabilities, which loses digits. Here the difference is written
     out, and is exactly 0 when v is unchanged.
 
-    Its second term is the left shift, and the reason why the clip fails. For a log_prob that is summed over
-    D, E[ratio] = 1. For a mean over D, E[ratio] = exp(-KL/D + KL/D²) < 1, KL being the step's, summed over D.
-    Eq. 8 leaves it out. Departure: each sample has its own shift; the authors' code averages over the batch.
+    Its second term is the left shift. It is sqrt(KL/2) times the spread of the first, KL being the step's,
+    summed over D. PPO usually stops within a fraction of a nat, where that is little. But a clip range of
+    1e-4 on the mean over D = 65,536 is 6.6 nats on the sum, and at a spread of that size the shift is 3.3
+    times as large: good samples hardly reach the upper clip. E[ratio] is 1 for a summed log_prob, where a few
+    large ratios make up for the shift, and exp(-KL/D + KL/D²) < 1 for the mean. Eq. 8 leaves the shift out.
+    Departure: each sample has its own shift; the authors' code averages over the batch.
 
-    Eq. 8 is a mean over D of products of noise, so its spread goes as 1/sqrt(D), and so must the clip range:
-    the paper's 2e-6 at D = 65,536 (16 x 64 x 64) is 2.3e-5 at D = 512, the tiny models'.
+    Eq. 8 is a mean over D of products d eps, so at equal d its spread goes as 1/sqrt(D), and so must the
+    clip range: the paper's 2e-6 at D = 65,536 (16 x 64 x 64) is 2.3e-5 at D = 512, the tiny models'.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
     if method in ("rationorm", "guard"):
@@ -207,10 +210,11 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
-    The gradient of Eq. 8 with respect to v_new is b eps / D, so that a step counts in proportion to |b|. For
-    `flow` |b| = (1 + eta²/2) dt, but dt at the first step, so 1 / dt makes all steps but the first alike. For
-    `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the scale
-    that of `flow`. Departure: notes of others print (1 + eta²/2) / dt for DanceGRPO, which is nearly as good.
+    The gradient of Eq. 8 with respect to v_new is b eps / D, so that a step counts in proportion to |b|.
+    For `flow` |b| = (1 + eta²/2) dt, but dt at the first step; divided by dt it is alike at all the others.
+    For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
+    scale that of `flow`. Departure: notes of others print (1 + eta²/2) / dt for DanceGRPO, which is nearly as
+    good.
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
@@ -222,7 +226,7 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
 
 
 def surrogate(rho, A, clip, delta):
-    """(B,) PPO's clipped objective, reweighted: Eq. 12 less delta A, a constant, since ratio = 1 + rho.
+    """(B,) PPO's clipped objective, reweighted: Eq. 12 without its constant delta A, since ratio = 1 + rho.
 
     In rho, because fp32 numbers near 1 are 1.2e-7 apart, and Guard's clip range is 2e-6.
     """
@@ -351,7 +355,8 @@ class Flux(SD3):
         packed = torch.pixel_unshuffle(x.to(self.dtype), 2).flatten(2).mT  # (B, H W / 4, 4 C), 2 x 2 a token
         text_ids = torch.zeros(tokens.shape[1], 3, device=x.device)
         image_ids = self.pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
-        level, guidance = torch.tensor([[sigma], [self.guidance]], device=x.device).expand(2, B)
+        level = torch.full((B,), sigma, device=x.device)
+        guidance = torch.full((B,), self.guidance, device=x.device)
         inputs = packed, tokens, pooled, level, image_ids, text_ids, guidance
         v = self.transformer(*inputs, return_dict=False)[0]
         return torch.pixel_shuffle(v.mT.unflatten(2, (H // 2, W // 2)), 2).float()
@@ -364,7 +369,7 @@ def together(texts):
 
 
 # A model's folder or hub id, the class that runs it, its settings where they are not those of Args, more of
-# them by task, and what is in their place for the baseline, the methods whose ratio is not normalised.
+# them by task, and what replaces these for the baseline: flow-grpo, temp-reweight and mean-revised.
 Model = namedtuple("Model", "place backbone settings by_task baseline")
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
 BASELINE = dict(lr=3e-4, clip=1e-4)
@@ -410,9 +415,10 @@ def add_lora(backbone, args):
 # ------------------------------------------------------------------------------------------------------------
 # 1-2. Sample and reward
 
-# B = micro_batch samples that go through the transformer together, in training all of one group. Lists of B
-# numbers, keys of their noise, embeddings of their prompts, and images; a list of T tensors (3, B, C, H, W):
-# x, v_old and eps of every trained step.
+# B = micro_batch samples that go through the transformer together, in training all of one group:
+#   numbers, keys   lists of B: a sample's place in the epoch, the key of its noise
+#   texts, images   lists of B: its prompt's embeddings, its image
+#   kept            a list of T tensors (3, B, C, H, W): x, v_old and eps of every trained step
 Slice = namedtuple("Slice", "numbers keys texts images kept")
 
 
@@ -581,9 +587,9 @@ def update(backbone, policy, args, steps, slices, advantage, groups):
             continue  # a dead group has no gradient but its KL's, so it takes no passes
         A = advantage.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
-            of_slice = slice_loss(backbone, args, step, t, piece, A)
-            (of_slice[0].sum() * D * policy.loss_scale).backward()
-            values[:, piece.numbers, t] = torch.stack(of_slice).detach().double().cpu()
+            loss, rho, kl = slice_loss(backbone, args, step, t, piece, A)
+            (loss.sum() * D * policy.loss_scale).backward()
+            values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()
     norm = policy.step(terms * D)
     values = all_reduce(values.to(DEVICE)).cpu().unflatten(1, advantage.shape)  # (3, groups, G, T)
     loss, rho, kl = values[:, groups]

@@ -173,7 +173,10 @@ def test_an_unchanged_policy_has_ratio_exactly_1_and_samples_do_not_touch_each_o
 
 
 def test_ratio_norm_removes_the_left_shift():
-    """Over the noise, log r has mean -KL/D and E[r] = exp(-KL/D + KL/D²), below 1; Eq. 8 has mean 0."""
+    """Over the noise, log r has mean -KL/D, which is sqrt(KL/2) of its spread; Eq. 8 has mean 0.
+
+    And E[r] = exp(-KL/D + KL/D²), below 1.
+    """
     count, dims = 20000, 64
     step = a_step()
     torch.manual_seed(0)
@@ -192,6 +195,7 @@ def test_ratio_norm_removes_the_left_shift():
         raw.exp(), math.exp(-kl / dims + kl / dims**2)
     )
     assert not within_3_errors(raw, 0) and raw.mean() < 0
+    assert -raw.mean().item() / raw.std().item() == pytest.approx(math.sqrt(kl / 2), rel=0.02)
     assert within_3_errors(norm, 0)
 
 

@@ -443,6 +443,15 @@ def distance(folder):
     return np.sqrt(D * columns(folder / "evals.csv")["kl_to_base"])
 
 
+def narrower_clip():
+    """Flow-GRPO at 6.7e-4 with a clip range of 2.2e-4 against the preset's."""
+    pair = "best-flow-grpo", "main-flow-grpo"
+    found = [f"{less(*pair, level)} less at a gain of {level}" for level in LEVELS]
+    p = ", ".join(chance(*pair, level) for level in LEVELS)
+    return (f"with 2.2e-4 in place of 1.1e-3 Flow-GRPO at 6.7e-4 lost {' and '.join(found)} "
+            f"({len(losses(pair[0], LEVEL))} seeds, p = {p})")
+
+
 def at_distance(folder, root):
     """(gain, change in gold) where the root of KL first reaches a number."""
     i, part = crossing(distance(folder), root)
@@ -525,6 +534,7 @@ def sentences():
         f"at 2e-3 and 2.1e-4 it gained {wide[0]:.3f} and lost {-wide[1]:.3f} gold",
         f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
         f"With `--sde_window 3` Guard at 6.7e-4 {cost_of_window('window-3', 'main-guard', most)}",
+        narrower_clip(),
         at_equal_distance(),
         *shares_of_steps(),
         blocked_and_lost(),

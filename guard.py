@@ -357,8 +357,8 @@ class Flux(SD3):
         image_ids = self.pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
         level = torch.full((B,), sigma, device=x.device)
         guidance = torch.full((B,), self.guidance, device=x.device)
-        inputs = packed, tokens, pooled, level, image_ids, text_ids, guidance
-        v = self.transformer(*inputs, return_dict=False)[0]
+        v = self.transformer(
+            packed, tokens, pooled, level, image_ids, text_ids, guidance, return_dict=False)[0]
         return torch.pixel_shuffle(v.mT.unflatten(2, (H // 2, W // 2)), 2).float()
 
 
@@ -569,7 +569,7 @@ def slice_loss(backbone, args, step, t, piece, A):
 
 
 def update(backbone, policy, args, steps, slices, advantage, groups):
-    """One optimizer update on the groups of a range. Returns what metrics.jsonl says of it.
+    """One optimizer update on some groups, by their numbers. Returns what metrics.jsonl says of it.
 
     slices: this rank's of the epoch; advantage: (groups, G) of the epoch. The loss is a mean over samples, T
     and D, which makes dL/dv about 4e-9 for SD3.5, less than fp16 can hold. So sums are back-propagated, and
@@ -595,8 +595,7 @@ def update(backbone, policy, args, steps, slices, advantage, groups):
     loss, rho, kl = values[:, groups]
     kl = kl.mean((0, 1)) if args.kl_beta else torch.tensor(math.nan)
     line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl, **statistics(args, rho, advantage[groups]))
-    line = {name: for_json(value) for name, value in line.items()}
-    return dict(skipped=policy.skipped > 0, sigma=[step.sigma for step in trained]) | line
+    return dict(skipped=policy.skipped > 0) | {name: for_json(value) for name, value in line.items()}
 
 
 def statistics(args, rho, advantage):
@@ -630,22 +629,21 @@ def train_epoch(backbone, policy, args, epoch, prompts, scorers, bar):
         backbone, args, steps, chosen, args.group_size, epoch, [args.reward], scorers)
     sampled = time.perf_counter()
     advantage = advantages(scores.view(args.groups, args.group_size))
-    share = args.groups // args.updates_per_epoch
-    for place in range(args.updates_per_epoch):
-        # The first update is on-policy: rho is 0 there, so the clip can act in the later ones only. With
-        # one update an epoch it never acts.
+    shares = torch.arange(args.groups).chunk(args.updates_per_epoch)  # every group is in one update alone
+    for place, groups in enumerate(shares):
+        # The first update is on-policy: rho is 0 there, so the clip can act in the later ones only, where rho
+        # says how far the ones before, with other images, have moved the policy. With one it never acts.
         first, updates = place == 0, epoch * args.updates_per_epoch + place + 1
-        groups = range(place * share, (place + 1) * share)
         line = update(backbone, policy, args, steps, slices, advantage, groups)
         policy.update_average(updates)
         log(args, kind="update", epoch=epoch, update=updates, first=first, **line)
         off = np.max(np.abs(line["ratio_mean"] or 0) + np.array(line["ratio_std"] or 0))
         if first and off > args.clip / 10:  # exactly 0 on a CPU in fp32
             say(f"warning: before any update ratio - 1 is {off:.1e}; the clip range is {args.clip:.1e}")
-        blocked = np.mean(line["blocked"] or 0)
-        bar.set_postfix_str(f"reward {scores.mean():.3f}, the clip blocks {blocked:.0%}")
+        bar.set_postfix_str(f"reward {scores.mean():.3f}, clip blocks {np.mean(line['blocked'] or 0):.0%}")
     log(args, kind="rollout", epoch=epoch, reward_mean=scores.mean().item(), images=scores.numel(),
         reward_std=scores.std(correction=0).item(), dead_groups=(advantage == 0).all(1).sum().item(),
+        sigma=[step.sigma for step in steps if step.s > 0],
         seconds=dict(sample=sampled - started - waited, reward=waited, train=time.perf_counter() - sampled))
 
 
@@ -731,12 +729,12 @@ def say(text):
 def log(args, **line):
     """A line of metrics.jsonl.
 
-    rollout  one epoch's sampling: reward_mean and reward_std over its `images`; dead_groups; seconds spent
-             sampling, waiting for rewards, training
+    rollout  one epoch's sampling: reward_mean and reward_std over its `images`; dead_groups; sigma of each
+             trained step; seconds spent sampling, waiting for rewards, training
     update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; skipped: its
-             gradient was not finite; loss; grad_norm before clipping to 1. Per trained step: its sigma; kl to
-             the base, of all samples, if it is in the loss; of the live ones ratio_mean and ratio_std, of
-             rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
+             gradient was not finite; loss; grad_norm before clipping to 1. Per trained step, noisiest first:
+             kl to the base, of all samples, if it is in the loss; of the live ones ratio_mean and ratio_std,
+             of rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
              share whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
     eval     of held-out prompts: proxy, the trained reward; gold; looks; kl_to_base. See `evaluate`
     """

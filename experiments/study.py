@@ -170,7 +170,7 @@ def summary(labels, levels, seeds=range(100)):
 def table_of_answers():
     """The main README's table: of table_of_main what is needed to answer."""
     header, *rows = cells_of(table_of_main())
-    names = ["run", "updates", "gain", *(f"gold lost at +{level:g}" for level in LEVELS)]
+    names = ["run", "updates", "gain", f"gold lost at +{LEVELS[1]:g}"]
     kept = [header.index(name) for name in names]
     return table([header[i] for i in kept], [[row[i].removesuffix(" (5)") for i in kept] for row in rows])
 
@@ -207,10 +207,16 @@ def table_of_pairs():
 MINE = SEEDS["cost"]  # the seeds of all variants; of the main runs these alone stand beside them
 
 
-def table_of_variants():
-    """Ablation, KL and CPS on tiny-sd3, beside the main runs of the same seeds; DanceGRPO on tiny-flux."""
-    labels = [*MAIN[:2], *TABLE["ablation"], *TABLE["kl"], *TABLE["cps"], *TABLE["dance"]]
+def table_of_ablation():
+    """What helps: the methods, beside the main runs of the same seeds; no clip; the left shift alone."""
+    labels = [*MAIN[:2], *TABLE["ablation"], *TABLE["noclip"], *TABLE["shift"]]
     return summary(labels, [0.1, LEVEL], MINE)  # 0.1 is not planned: RatioNorm alone gains little more
+
+
+def table_of_variants():
+    """KL and CPS on tiny-sd3, DanceGRPO on tiny-flux, each with and without Guard."""
+    rows = [label for group in ("kl", "cps", "dance", "dance-3lr") for label in TABLE[group]]
+    return summary(rows, [0.05, 0.1, LEVEL], MINE)
 
 
 def seconds_of_epoch(label):
@@ -382,7 +388,7 @@ def first_evaluation(values):
 
 def table_of_looks():
     """When a number warns in runs on tiny-sd3 where gold falls by 0.01; whether it does in the others."""
-    groups = ("frontier", "main", "cost", "ablation", "kl", "cps")
+    groups = TABLE.keys() - {"default", "ratio", "time", "dance", "dance-3lr", "pickscore", "geneval"}
     folders = [f for group in groups for label in TABLE[group] for f in runs_of(label).values()]
     rows = []
     for name in rewards.LOOKS:
@@ -437,6 +443,14 @@ def less_gold_lost(level):
             f"the same learning rate, 6.7e-4; by {less(*high, level)} at 2e-3; by {less(*pairing, level)} at "
             f"the paper's pairing, three times the rate for Flow-GRPO; and by {less(*best, level)} best "
             f"setting against best ({len(losses(MAIN[0], level))} seeds; p = {p})")
+
+
+def without_clip():
+    """Guard against Flow-GRPO with a clip range that nothing reaches, and with the presets'."""
+    without, with_it = (
+        versus(f"{kind}-guard", f"{kind}-flow-grpo", LEVEL) for kind in ("noclip", "main"))
+    return (f"Without any clip Guard at 6.7e-4 lost {without} than Flow-GRPO at a gain of {LEVEL}; with the "
+            f"presets' clip ranges {with_it}")
 
 
 def rate_against_method(level):
@@ -508,21 +522,32 @@ def best_of(n):
 
 
 def cost(label, level):
-    """(seconds, gold lost) to a gain, means over the seeds of the variants."""
+    """Seconds to a gain and gold lost there, the latter with its error, over the seeds of the variants."""
     found = [at_gain(folder, level) for seed, folder in runs_of(label).items() if seed in MINE]
     epochs = statistics.mean(updates / 2 for updates, _ in found)
-    return epochs * seconds_of_epoch(label), statistics.mean(lost for _, lost in found)
+    lost = mean_of(lost for _, lost in found).rpartition(" (")[0]
+    return epochs * seconds_of_epoch(label), lost
 
 
 def cost_of_window(window, whole, level):
     """How a window of three noisy steps compares with all nine, at one learning rate."""
     (seconds, lost), (all_seconds, all_lost) = (cost(label, level) for label in (window, whole))
     _, p = pairs(window, whole, level)
-    return (f"took {seconds / all_seconds:.0%} of the time to a gain of {level} and had lost {lost:.4f} "
-            f"gold; with all nine steps {all_lost:.4f} ({len(MINE)} seeds, p = {p:.2f})")
+    return (f"took {seconds / all_seconds:.0%} of the time to a gain of {level} and had lost {lost} gold; "
+            f"with all nine steps {all_lost} ({len(MINE)} seeds, p = {p:.2f})")
 
 
-ANSWERS = 8  # of the sentences, those that the main README has too
+def window_in_the_end():
+    """After 20 updates at 2e-3, which is the preset: a window against all steps, seeds of the variants."""
+    ends = []
+    for label in ("window-3-3lr", "main-guard-3lr"):
+        curves = [curve(folder) for seed, folder in runs_of(label).items() if seed in MINE]
+        ends += [statistics.mean(values[k][-1] for values in curves) for k in (1, 2)]
+    return ("after 20 updates at the preset's 2e-3 it had gained {:.3f} and {:+.3f} gold, with all nine "
+            "steps {:.3f} and {:+.3f}").format(*ends)
+
+
+ANSWERS = 7  # of the sentences, those that the main README has too
 
 
 def sentences():
@@ -534,14 +559,15 @@ def sentences():
         less_gold_lost(most),
         rate_against_method(most),
         who_is_blocked(),
+        without_clip(),
         f"At a gain of {LEVEL} Guard lost {grid_losses('guard', 6.7e-4)} at 6.7e-4 and "
         f"{grid_losses('guard', 2e-3)} at 2e-3; Flow-GRPO {grid_losses('flow-grpo', 6.7e-4)} and "
         f"{grid_losses('flow-grpo', 2e-3)}",
+        f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
+        f"With `--sde_window 3` Guard at 6.7e-4 {cost_of_window('window-3', 'main-guard', most)}",
         f"at 6.7e-4 Guard gained {grid_run('guard', 6.7e-4, 7e-5)[0]:.3f} with a clip of 7e-5 and "
         f"{grid_run('guard', 6.7e-4, 2.3e-5)[0]:.3f} with 2.3e-5",
         f"at 2e-3 and 2.1e-4 it gained {wide[0]:.3f} and lost {-wide[1]:.3f} gold",
-        f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
-        f"With `--sde_window 3` Guard at 6.7e-4 {cost_of_window('window-3', 'main-guard', most)}",
         narrower_clip(),
         at_equal_distance(),
         *shares_of_steps(),
@@ -549,6 +575,9 @@ def sentences():
         what_gradients_did(),
         what_grid_said(),
         what_readers_saw(),
+        *what_variants_did(),
+        f"At 2e-3 it {cost_of_window('window-3-3lr', 'main-guard-3lr', most)}",
+        window_in_the_end(),
     ]
 
 
@@ -590,6 +619,22 @@ def what_grid_said():
             f"evaluation in {third[1]} and later in {third[2]}; without a fall in {third[4]} of "
             f"{sum(third[4:])}. By a tenth it warned in {sum(tenth) - tenth[3] - tenth[5]} of "
             f"{sum(tenth)} runs")
+
+
+def end_gain(label):
+    """Mean gain in reward at the end, over the seeds of the variants."""
+    return statistics.mean(curve(folder)[1][-1] for folder in runs_of(label).values())
+
+
+def what_variants_did():
+    """KL and CPS."""
+    return [
+        f"A KL of 0.04 changed nothing that 20 updates can show: at a gain of {LEVEL} Guard lost "
+        f"{versus('kl-guard', 'main-guard', LEVEL)}, Flow-GRPO "
+        f"{versus('kl-flow-grpo', 'main-flow-grpo', LEVEL)}",
+        f"With CPS Flow-GRPO learned nothing in 20 updates ({end_gain('cps-flow-grpo'):+.3f}), and Guard "
+        f"learned as with its own sampler ({end_gain('cps-guard'):+.3f}): at a gain of {LEVEL} it lost "
+        f"{versus('cps-guard', 'main-guard', LEVEL)}"]
 
 
 def what_readers_saw():

@@ -125,6 +125,10 @@ def test_what_the_algebra_says_of_the_gradients():
         if method == "flow-grpo":
             sizes = [size / step.s for size, step in zip(sizes, steps, strict=True)]
         assert max(sizes) / min(sizes) == pytest.approx(expected, rel=0.02)
+    sigmas = [step.sigma for step in steps]
+    cps = guard.schedule([*sigmas, sigmas[-1] - steps[-1].dt, 0.0], precision.ETA, "cps")[:-1]
+    sizes = [abs(step.b) / step.s for step in cps]
+    assert sizes[-1] / sizes[0] == pytest.approx(737, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -247,26 +247,30 @@ def table_of_cost():
 # Task, backbone -> labels without and with Guard.
 TASK_RUNS = {
     ("ocr", "tiny-sd3, Flow-GRPO"): ("main-flow-grpo", "main-guard"),
-    ("geneval", "tiny-sd3, Flow-GRPO"): (None, "geneval-tiny-sd3"),
+    ("geneval", "tiny-sd3, Flow-GRPO"): ("geneval-flow-grpo", "geneval-tiny-sd3"),
     ("pickscore", "tiny-sd3, Flow-GRPO"): ("pickscore-flow-grpo", "pickscore-tiny-sd3"),
     ("ocr", "tiny-flux, DanceGRPO"): ("dance-flow-grpo", "dance-guard"),
-    ("geneval", "tiny-flux, DanceGRPO"): (None, None),
+    ("geneval", "tiny-flux, DanceGRPO"): ("geneval-dance-flow-grpo", "geneval-dance-guard"),
     ("pickscore", "tiny-flux, DanceGRPO"): ("pickscore-dance-flow-grpo", "pickscore-dance-guard"),
 }
 
 
 def table_of_tasks():
-    """The layout of the paper's Table 1: gains after 20 updates, without and with Guard."""
+    """The layout of the paper's Table 1: after 20 updates and at equal gain, without and with Guard."""
     rows = []
     for (task, backbone), labels in TASK_RUNS.items():
-        row = [f"`{task}`", backbone]
+        row, lost = [f"`{task}`", backbone], []
         for label in labels:
-            folders = [] if label is None else [f for s, f in runs_of(label).items() if s not in (24, 25)]
+            folders = [f for seed, f in runs_of(label).items() if seed not in (24, 25)]
             # 20 updates: the main runs have more, and an evaluation after 18 and 24.
             ends = [[np.interp(20, curve(f)[0], values) for values in curve(f)[1:]] for f in folders]
             row += [mean_of([end[k] for end in ends]) for k in (0, 1)]
-        rows.append(row)
-    return table(["task", "model, baseline", "gain without Guard", "gold", "gain with Guard", "gold"], rows)
+            readings = [at_gain(folder, LEVEL) for folder in folders]
+            lost.append(mean_of(reading[1] for reading in readings if reading))
+        rows.append(row + lost)
+    both = [f"gold lost at +{LEVEL} {how}" for how in ("without", "with")]
+    header = ["task", "model, baseline", "gain without Guard", "gold", "gain with Guard", "gold", *both]
+    return table(header, rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -454,7 +458,7 @@ def without_clip():
 
 def shift_alone():
     """mean-revised against Flow-GRPO, where the clip acts."""
-    return ("Where the clip acts (2e-3, 2.2e-4), taking the left shift out alone lost "
+    return ("Where the clip acts (lr 2e-3, clip 2.2e-4), removing the left shift alone lost "
             f"{versus('shift-mean-revised', 'shift-flow-grpo', LEVEL)}")
 
 
@@ -579,7 +583,7 @@ def sentences():
         f"At a gain of {LEVEL} Guard lost {grid_losses('guard', 6.7e-4)} at 6.7e-4 and "
         f"{grid_losses('guard', 2e-3)} at 2e-3; Flow-GRPO {grid_losses('flow-grpo', 6.7e-4)} and "
         f"{grid_losses('flow-grpo', 2e-3)}",
-        f"the best of four pictures of the base model gains {reward:.3f} and {gold:+.4f} gold",
+        f"the base model's best of four pictures gains {reward:.3f} reward and {gold:+.4f} gold",
         f"With `--sde_window 3` Guard at 6.7e-4 {cost_of_window('window-3', 'main-guard', most)}",
         f"at 6.7e-4 Guard gained {grid_run('guard', 6.7e-4, 7e-5)[0]:.3f} with a clip of 7e-5 and "
         f"{grid_run('guard', 6.7e-4, 2.3e-5)[0]:.3f} with 2.3e-5",

@@ -213,8 +213,7 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     The gradient of Eq. 8 with respect to v_new is b eps / D, so that a step counts in proportion to |b|.
     For `flow` |b| = (1 + eta²/2) dt, but dt at the first step; divided by dt it is alike at all the others.
     For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
-    scale that of `flow`. Departure: notes of others print (1 + eta²/2) / dt for DanceGRPO, which is nearly as
-    even.
+    scale that of `flow`. Departure: others print (1 + eta²/2) / dt for DanceGRPO, which is nearly as even.
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s

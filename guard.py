@@ -580,10 +580,10 @@ def update(backbone, policy, args, steps, slices, advantage, groups):
     trained, D = [step for step in steps if step.s > 0], math.prod(backbone.shape)
     terms = len(groups) * args.group_size * len(trained)
     values = torch.zeros(3, advantage.numel(), len(trained), dtype=torch.float64)  # loss, rho, KL
-    mine = [piece for piece in slices if piece.numbers[0] // args.group_size in groups]
+    # A dead group has no gradient but its KL's, so it takes no passes.
+    learning = [group for group in groups if args.kl_beta or advantage[group].any()]
+    mine = [piece for piece in slices if piece.numbers[0] // args.group_size in learning]
     for piece in tqdm(mine, desc="update", leave=False, disable=RANK > 0):
-        if not (args.kl_beta or advantage[piece.numbers[0] // args.group_size].any()):
-            continue  # a dead group has no gradient but its KL's, so it takes no passes
         A = advantage.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
             loss, rho, kl = slice_loss(backbone, args, step, t, piece, A)
@@ -628,7 +628,7 @@ def train_epoch(backbone, policy, args, epoch, prompts, scorers, bar):
         backbone, args, steps, chosen, args.group_size, epoch, [args.reward], scorers)
     sampled = time.perf_counter()
     advantage = advantages(scores.view(args.groups, args.group_size))
-    shares = torch.arange(args.groups).chunk(args.updates_per_epoch)  # every group is in one update alone
+    shares = torch.arange(args.groups).view(args.updates_per_epoch, -1).tolist()  # a group is in one update
     for place, groups in enumerate(shares):
         # The first update is on-policy: rho is 0 there, so the clip can act in the later ones only, where rho
         # says how far the ones before, with other images, have moved the policy. With one it never acts.

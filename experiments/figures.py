@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from experiments import study, tables  # noqa: E402
-from experiments.run import BASELINE, CLIPS, GUARD, MODELS, RESULTS, TASKS, read  # noqa: E402
+from experiments.run import BASELINE, CLIPS, GUARD, MODELS, RESULTS, TASKS  # noqa: E402
 from experiments.study import PRINTED  # noqa: E402
 from experiments.tables import about, columns, runs_of  # noqa: E402
 
@@ -82,17 +82,15 @@ def write(axis, x, side, text):
 
 def gradient_norms():
     """Figure 3: the gradient of an on-policy update by step; mean and range over seeds, two samplers."""
-    path = RESULTS / "gradients.csv"
-    if not path.exists():
+    found = study.gradients()
+    if not found:
         return
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for sde, axis in zip(("flow", "dance"), axes, strict=True):
-        rows = [row for row in read(path) if row["sde"] == sde]
-        for method in dict.fromkeys(row["method"] for row in rows):
-            norms = np.array([float(row["grad_norm"]) for row in rows if row["method"] == method])
-            norms = norms.reshape(len({row["seed"] for row in rows}), -1)  # (seeds, steps)
+        for method in (method for sampler, method in found if sampler == sde):
+            norms = found[sde, method]  # (seeds, steps)
             relative, steps = norms / norms.mean(1, keepdims=True), range(norms.shape[1])
-            ratio = (norms.max(1) / norms.min(1)).mean()
+            ratio = study.unevenness(norms).mean()
             axis.semilogy(steps, relative.mean(0), "o-", color=COLOURS[method],
                           label=f"{method}: largest / smallest {ratio:.1f}")
             axis.fill_between(steps, relative.min(0), relative.max(0), color=COLOURS[method], alpha=0.2)
@@ -150,9 +148,9 @@ def frontier():
         best = pareto(points)
         axes[0].step(*zip(*best, strict=True), where="pre", color=colour, lw=3, alpha=0.35)
         for lr, mark in MARKS.items():
-            folders = [folder for folder in study.grid_runs(method, lr) if study.at_gain(folder, study.LEVEL)]
-            lost = [study.at_gain(folder, study.LEVEL)[1] for folder in folders]
-            axes[1].plot([study.clipped(folder)[1] for folder in folders], lost, mark + "-", color=colour)
+            found = study.blocked_and_lost(method, lr)
+            if found:
+                axes[1].plot(*zip(*found, strict=True), mark + "-", color=colour)
     for lr, mark in MARKS.items():
         axes[0].plot([], [], mark, color="gray", label=f"lr {lr:g}")
     axes[0].plot([], [], color="tab:blue", label="Guard")
@@ -172,24 +170,20 @@ def pareto(points):
     return best[::-1]
 
 
-def lines_and_mean(axis, label, points, at):
-    """A thin line a seed through points(folder), and a thick one, the mean of at(folder, x) over seeds."""
-    colour, folders = MAIN_COLOURS[label], runs_of(label).values()
-    ends = []
-    for folder in folders:
-        x, y = points(folder)
+def lines_and_mean(axis, label, lines):
+    """lines: (x, y) of every seed, from 0 on. A thin line each, and a thick one, the mean of y over seeds."""
+    colour = MAIN_COLOURS[label]
+    for x, y in lines:
         axis.plot(x, y, lw=0.8, alpha=0.4, color=colour)
-        ends.append(max(x))
-    grid = np.linspace(0.02, 0.999, 40) * min(ends)  # as far as every seed has come
-    means = [np.mean([at(folder, x) for folder in folders]) for x in grid]
+    grid = np.linspace(0.02, 0.999, 40) * min(max(x) for x, _ in lines)  # as far as every seed has come
+    means = [np.mean([study.at(level, x, y) for x, y in lines]) for level in grid]
     axis.plot([0, *grid], [0, *means], lw=2.5, color=colour, label=study.NAMES[label])
 
 
 def gold_against_reward(axis):
     """Gold against reward of the main runs, and of best of n."""
     for label in MAIN_COLOURS:
-        lines_and_mean(axis, label, lambda folder: study.curve(folder)[1:],
-                       lambda folder, gain: -study.at_gain(folder, gain)[1])
+        lines_and_mean(axis, label, [study.curve(folder)[1:] for folder in runs_of(label).values()])
     best = columns(RESULTS / "best_of_n.csv")
     axis.plot(best["proxy"] - best["proxy"][0], best["gold"] - best["gold"][0], "k.--", lw=1,
               label="best of n pictures, no training")
@@ -213,8 +207,8 @@ def distance():
     for k, axis, of_best, title in ((1, axes[0], "proxy", "gain in reward"),
                                     (2, axes[1], "gold", "change in gold")):
         for label in MAIN_COLOURS:
-            lines_and_mean(axis, label, lambda folder, k=k: (study.distance(folder), study.curve(folder)[k]),
-                           lambda folder, root, k=k: study.at_distance(folder, root)[k - 1])
+            folders = runs_of(label).values()
+            lines_and_mean(axis, label, [(study.distance(f), study.curve(f)[k]) for f in folders])
         axis.plot(np.sqrt(best["kl"]), best[of_best] - best[of_best][0], "k.--", lw=1, label="best of n")
         axis.set(xlabel="square root of KL to the base model", ylabel=title)
     axes[0].legend(fontsize=8)

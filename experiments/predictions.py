@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import guard  # noqa: E402
 import rewards  # noqa: E402
 from experiments.run import RESULTS, RUNS, SEEDS, write  # noqa: E402
-from experiments.study import MAIN, NAMES, nearest  # noqa: E402
+from experiments.study import MAIN, NAMES, nearest, words_unseen  # noqa: E402
 from experiments.tables import runs_of  # noqa: E402
 from tiny import cards  # noqa: E402
 
@@ -97,8 +97,7 @@ def read_twice(lora, seed):
     row = {}
     for name, reader in (("rapidocr", rewards.load("ocr")), ("ddddocr", second_reader())):
         scores = {"seen": [], "unseen": []}
-        for prompt, score in zip(prompts, reader(images, prompts, None), strict=True):
-            is_new = rewards.quoted_text(prompt) in cards.UNSEEN_WORDS
+        for is_new, score in zip(words_unseen(), reader(images, prompts, None), strict=True):
             scores["unseen" if is_new else "seen"].append(score)
         row |= {f"{name}, {words}": f"{statistics.mean(found):.4f}" for words, found in scores.items()}
     return row

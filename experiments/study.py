@@ -17,12 +17,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import rewards  # noqa: E402
-from experiments.run import BASELINE, CLIPS, GUARD, RESULTS, SEEDS, TABLE, read  # noqa: E402
+from experiments.run import BASELINE, GUARD, RESULTS, SEEDS, TABLE, read  # noqa: E402
 from experiments.tables import about, columns, runs_of, table  # noqa: E402
+from settings.command_line import TINY  # noqa: E402
 from tiny import cards  # noqa: E402
 
 D, IMAGES = 512, 128  # dimensions of a latent of the tiny models; pictures an epoch
-HELD_OUT = 256  # prompts in an evaluation
 FRONTIER_LEVELS, LEVELS, LEVEL = (0.075, 0.15), (0.125, 0.225), 0.15  # gains at which gold is read off
 SIDE_GAIN, TIE = 0.2, 0.005  # of win, tie and lose; the pictures are of the evaluations nearest to it
 FALL = 0.01  # of gold: a run that is over-optimized
@@ -40,32 +40,44 @@ def curve(folder):
     return evals["update"], evals["proxy"] - evals["proxy"][0], evals["cards"] - evals["cards"][0]
 
 
-def crossing(gain, level):
-    """Where a curve first reaches a level: (i, part), part of the way from evaluation i - 1 to i.
+def distance(folder):
+    """The root of KL to the base, of the stochastic trajectory, at every evaluation."""
+    return np.sqrt(D * columns(folder / "evals.csv")["kl_to_base"])
 
-    None if it never does.
+
+def at(level, x, *ys):
+    """What each of ys is where x first reaches a level, between two evaluations by a straight line.
+
+    x: a number an evaluation; ys: the same, or arrays. None if x never reaches it.
     """
-    reached = np.flatnonzero(gain >= level)
+    reached = np.flatnonzero(x >= level)
     if not len(reached):
         return None
     i = reached[0]
-    return i, (level - gain[i - 1]) / (gain[i] - gain[i - 1])
+    part = (level - x[i - 1]) / (x[i] - x[i - 1])
+    return tuple(y[i - 1] + part * (y[i] - y[i - 1]) for y in ys)
 
 
 def at_gain(folder, level):
-    """(updates, gold lost) where the gain first reaches a level, by a straight line; None if never."""
+    """(updates, gold lost) where the gain first reaches a level; None if it never does."""
     updates, gain, gold = curve(folder)
-    place = crossing(gain, level)
-    if place is None:
-        return None
-    i, part = place
-    return tuple(float(x[i - 1] + part * (x[i] - x[i - 1])) for x in (updates, -gold))
+    return at(level, gain, updates, -gold)
+
+
+def readings(folders, level):
+    """at_gain of the runs that reach it."""
+    return [reading for folder in folders if (reading := at_gain(folder, level))]
 
 
 def losses(label, level):
     """Seed -> gold lost at a gain, of the runs that reach it."""
-    readings = {seed: at_gain(folder, level) for seed, folder in runs_of(label).items()}
-    return {seed: reading[1] for seed, reading in readings.items() if reading}
+    found = {seed: at_gain(folder, level) for seed, folder in runs_of(label).items()}
+    return {seed: reading[1] for seed, reading in found.items() if reading}
+
+
+def without_extra_seeds(label):
+    """Folders of a label's runs, without the two seeds that only the main comparison has."""
+    return [folder for seed, folder in runs_of(label).items() if seed not in SEEDS["main"][3:]]
 
 
 def grid_runs(method, lr=None):
@@ -75,21 +87,21 @@ def grid_runs(method, lr=None):
     return [folder for label in labels for folder in runs_of(label).values()]
 
 
-def cells_of(text):
-    """The cells of a table in Markdown, a list a row, the header first."""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
-    return [rows[0], *rows[2:]]
-
-
-def mean_of(values, digits=4):
-    """Mean ± standard error and how many there are; empty for none."""
+def mean_and_error(values, digits=4):
+    """Mean ± standard error; empty for no value, the value itself for one."""
     values = list(values)
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f} ({len(values)})"
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def mean_of(values, digits=4):
+    """The same and how many there are."""
+    values = list(values)
+    return mean_and_error(values, digits) + (f" ({len(values)})" if len(values) > 1 else "")
 
 
 def later_updates(*folders):
@@ -149,15 +161,14 @@ def best_settings():
     return {method: min(found)[1] for method, found in best.items()}
 
 
-def summary(labels, levels, seeds=range(100)):
+def summary(labels, levels, folders_of=lambda label: list(runs_of(label).values())):
     """Rows of runs, their ends and the gold lost at gains, means over seeds ± standard error (seeds)."""
     rows = []
     for label in labels:
-        folders = [folder for seed, folder in runs_of(label).items() if seed in seeds]
+        folders = folders_of(label)
         if folders:
             ends = [curve(folder) for folder in folders]
-            lost = [[at_gain(folder, level) for folder in folders] for level in levels]
-            lost = [mean_of(reading[1] for reading in found if reading) for found in lost]
+            lost = [mean_of(reading[1] for reading in readings(folders, level)) for level in levels]
             blocked = statistics.mean(clipped(folder)[1] for folder in folders)
             rows.append([
                 NAMES.get(label, f"`{label}`"), str(len(folders)), f"{ends[0][0][-1]:.0f}", f"{blocked:.0%}",
@@ -167,15 +178,14 @@ def summary(labels, levels, seeds=range(100)):
     return table(header, rows)
 
 
-def table_of_answers():
-    """The main README's table: of table_of_main what is needed to answer."""
-    header, *rows = cells_of(table_of_main())
-    kept = [header.index(name) for name in ("run", f"gold lost at +{LEVELS[1]:g}")]
-    return table([header[i] for i in kept], [[row[i].removesuffix(" (5)") for i in kept] for row in rows])
-
-
 def table_of_main():
     return summary(NAMES, LEVELS)
+
+
+def readme_table():
+    """The main README's: of table_of_main what is needed to answer."""
+    rows = [[name, mean_and_error(losses(label, LEVELS[1]).values())] for label, name in NAMES.items()]
+    return table(["run", f"gold lost at +{LEVELS[1]:g}"], rows)
 
 
 def pairs(a, b, level):
@@ -194,28 +204,26 @@ def table_of_pairs():
         for level in LEVELS:
             differences, p = pairs(a, b, level)
             if differences:
-                less = sum(d < 0 for d in differences)
+                count = sum(d < 0 for d in differences)
                 rows.append([f"{NAMES[a]} less {NAMES[b]}", f"+{level:g}", mean_of(differences),
-                             f"{less} of {len(differences)}", "" if np.isnan(p) else f"{p:.3f}"])
+                             f"{count} of {len(differences)}", "" if np.isnan(p) else f"{p:.3f}"])
     return table(["gold lost by", "at a gain of", "difference", "Guard lost less", "p"], rows)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 4, 5 and 9. Variants, tasks, cost
 
-MINE = SEEDS["cost"]  # the seeds of all variants; of the main runs these alone stand beside them
-
 
 def table_of_ablation():
     """What helps: the methods, beside the main runs of the same seeds; no clip; the left shift alone."""
     labels = [*MAIN[:2], *TABLE["ablation"], *TABLE["noclip"], *TABLE["shift"]]
-    return summary(labels, [0.1, LEVEL], MINE)  # 0.1 is not planned: RatioNorm alone gains little more
+    # 0.1 is not planned: RatioNorm alone gains little more
+    return summary(labels, [0.1, LEVEL], without_extra_seeds)
 
 
 def table_of_variants():
     """KL and CPS on tiny-sd3, DanceGRPO on tiny-flux, each with and without Guard."""
-    rows = [label for group in ("kl", "cps", "dance", "dance-3lr") for label in TABLE[group]]
-    return summary(rows, [0.05, 0.1, LEVEL], MINE)
+    return summary([*TABLE["kl"], *TABLE["cps"], *TABLE["dance"]], [0.05, 0.1, LEVEL])
 
 
 def seconds_of_epoch(label):
@@ -229,13 +237,12 @@ def table_of_cost():
     """Images and seconds to a gain, and the gold lost there; means over the runs that reach it."""
     rows = []
     for label in ("main-guard", "window-3", "steps-6", "main-guard-3lr", "window-3-3lr"):
-        folders = [folder for seed, folder in runs_of(label).items() if seed in MINE]
-        epoch = seconds_of_epoch(label)
+        folders, epoch = without_extra_seeds(label), seconds_of_epoch(label)
         if not folders or not epoch:
             continue
         row = [NAMES.get(label, f"`{label}`"), str(len(folders)), f"{epoch:.1f}"]
         for level in LEVELS:
-            found = [reading for folder in folders if (reading := at_gain(folder, level))]
+            found = readings(folders, level)
             epochs = [updates / 2 for updates, _ in found]
             row += [mean_of((n * IMAGES for n in epochs), 0), mean_of((n * epoch for n in epochs), 0),
                     mean_of(lost for _, lost in found)]
@@ -261,12 +268,11 @@ def table_of_tasks():
     for (task, backbone), labels in TASK_RUNS.items():
         row, lost = [f"`{task}`", backbone], []
         for label in labels:
-            folders = [f for seed, f in runs_of(label).items() if seed not in (24, 25)]
+            folders = without_extra_seeds(label)
             # 20 updates: the main runs have more, and an evaluation after 18 and 24.
             ends = [[np.interp(20, curve(f)[0], values) for values in curve(f)[1:]] for f in folders]
             row += [mean_of([end[k] for end in ends]) for k in (0, 1)]
-            readings = [at_gain(folder, LEVEL) for folder in folders]
-            lost.append(mean_of(reading[1] for reading in readings if reading))
+            lost.append(mean_of(reading[1] for reading in readings(folders, LEVEL)))
         rows.append(row + lost)
     both = [f"gold lost at +{LEVEL} {how}" for how in ("without", "with")]
     header = ["task", "model, baseline", "gain without Guard", "gold", "gain with Guard", "gold", *both]
@@ -291,30 +297,46 @@ def foretold(spread, D=D):
     return np.expm1(-kl / D + kl / D**2)
 
 
+def by_step(label):
+    """A dict a step, of second updates, means over them and over seeds: rho, its spread, what is outside."""
+    updates = later_updates(*runs_of(label).values())
+    if not updates:
+        return []
+    updates["foretold"] = foretold(updates["ratio_std"])
+    return [{name: x[updates["step"] == t].mean() for name, x in updates.items()} for t in range(9)]
+
+
 def table_of_steps():
-    """Of second updates, means over them and over seeds: rho, its spread and what is outside, by step."""
-    rows, sides = [], [later_updates(*runs_of(x).values()) for x in ("main-flow-grpo", "main-guard")]
-    for t in range(9) if all(sides) else ():
-        baseline, guarded = ({name: x[side["step"] == t] for name, x in side.items()} for side in sides)
-        cells = [f"{baseline['ratio_mean'].mean():.1e}", f"{foretold(baseline['ratio_std']).mean():.1e}"]
-        for side in (baseline, guarded):
-            cells += [f"{side['ratio_std'].mean():.1e}"]
-            cells += [f"{side[name].mean():.1%}" for name in ("clip_high", "clip_low")]
-        rows.append([str(t), *cells[:5], f"{guarded['ratio_mean'].mean():.1e}", *cells[5:]])
+    """Of the main runs at 6.7e-4."""
+    rows = []
+    for t, (baseline, guarded) in enumerate(zip(by_step(MAIN[1]), by_step(MAIN[0]), strict=False)):
+        sides = [
+            [f"{side['ratio_std']:.1e}", *(f"{side[name]:.1%}" for name in ("clip_high", "clip_low"))]
+            for side in (baseline, guarded)]
+        means = [f"{mean:.1e}" for mean in (baseline["ratio_mean"], baseline["foretold"])]
+        rows.append([str(t), *means, *sides[0], f"{guarded['ratio_mean']:.1e}", *sides[1]])
     return table(STEPS, rows)
 
 
-def table_of_gradients():
-    """gradients.csv: largest over smallest norm of the gradient over the steps, by sampler and method."""
-    path, rows = RESULTS / "gradients.csv", []
+def gradients():
+    """gradients.csv: (sampler, method) -> norms of the gradient, (seeds, steps)."""
+    path, norms = RESULTS / "gradients.csv", {}
     data = read(path) if path.exists() else []
-    for sde, method in dict.fromkeys((row["sde"], row["method"]) for row in data):
-        of_it = [row for row in data if (row["sde"], row["method"]) == (sde, method)]
-        ratios = []
-        for seed in dict.fromkeys(row["seed"] for row in of_it):
-            norms = [float(row["grad_norm"]) for row in of_it if row["seed"] == seed]
-            ratios.append(max(norms) / min(norms))
-        rows.append([f"`{sde}`", method, mean_of(ratios, 1)])
+    for row in data:
+        norms.setdefault((row["sde"], row["method"]), []).append(float(row["grad_norm"]))
+    seeds = len({row["seed"] for row in data})
+    return {name: np.reshape(values, (seeds, -1)) for name, values in norms.items()}
+
+
+def unevenness(norms):
+    """(seeds, steps) -> a number a seed: the largest norm over the smallest."""
+    return norms.max(1) / norms.min(1)
+
+
+def table_of_gradients():
+    """By sampler and method, over the steps."""
+    found = {name: mean_of(unevenness(norms), 1) for name, norms in gradients().items()}
+    rows = [[f"`{sde}`", method, ratio] for (sde, method), ratio in found.items()]
     return table(["sampler", "method", "largest / smallest gradient"], rows)
 
 
@@ -338,19 +360,16 @@ def nearest(folder, gain=SIDE_GAIN):
 
 
 def gold_of_prompts(folder, gain=SIDE_GAIN):
-    """Gold of every held-out prompt where a run first reaches a gain, by a straight line as in at_gain."""
-    updates, gains, _ = curve(folder)
-    i, part = crossing(gains, gain)
-    before, after = (
-        columns(folder / "scores.csv", lambda row, u=u: int(row["update"]) == u)["cards"]
-        for u in updates[i - 1 : i + 1])
-    return before + part * (after - before)
+    """Gold of every held-out prompt where a run first reaches a gain, as in at_gain."""
+    _, gains, _ = curve(folder)
+    gold = columns(folder / "scores.csv")["cards"].reshape(len(gains), -1)  # (evaluations, prompts)
+    return at(gain, gains, gold)[0]
 
 
 def words_unseen():
     """Of the held-out prompts in their order: whether no training prompt has its word."""
     _, held_out = rewards.read_set(rewards.PROMPTS / "cards")
-    words = [rewards.quoted_text(prompt) for prompt, _ in held_out[:HELD_OUT]]
+    words = [rewards.quoted_text(prompt) for prompt, _ in held_out[: TINY["eval_prompts"]]]
     return np.array([word in cards.UNSEEN_WORDS for word in words])
 
 
@@ -360,9 +379,9 @@ def table_of_sides():
     for other in MAIN[1:]:
         guarded, baseline = runs_of(MAIN[0]), runs_of(other)
         seeds = sorted(guarded.keys() & baseline.keys())
-        pairs = [gold_of_prompts(guarded[seed]) - gold_of_prompts(baseline[seed]) for seed in seeds]
+        more = [gold_of_prompts(guarded[seed]) - gold_of_prompts(baseline[seed]) for seed in seeds]
         for words, which in (("seen", ~unseen), ("unseen", unseen)):
-            difference = np.concatenate([pair[which] for pair in pairs])
+            difference = np.concatenate([of_seed[which] for of_seed in more])
             shares = (difference > TIE).mean(), (abs(difference) <= TIE).mean(), (difference < -TIE).mean()
             rows.append([NAMES[other], words, f"{len(seeds)} x {which.sum()}",
                          *(f"{share:.0%}" for share in shares), f"{difference.mean():+.4f}"])
@@ -389,21 +408,29 @@ def first_evaluation(values):
     return int(found[0]) if len(found) else None
 
 
+VERDICTS = ("before", "with", "after", "never", "false", "quiet")
+
+
+def verdicts():
+    """(number of `looks`, threshold) -> verdict -> runs on tiny-sd3."""
+    counts = {(name, said): dict.fromkeys(VERDICTS, 0) for name in rewards.LOOKS for said in TAU}
+    groups = TABLE.keys() - {"default", "ratio", "time", "dance", "pickscore", "geneval"}
+    folders = [folder for group in groups for label in TABLE[group] for folder in runs_of(label).values()]
+    for folder in folders:
+        evals = columns(folder / "evals.csv")
+        fell = first_evaluation(evals["cards"] - evals["cards"][0] <= -FALL)
+        for name, said in counts:
+            moved = abs(evals[name] - evals[name][0]) > TAU[said] * max(evals[name][0], 0.01)
+            counts[name, said][verdict(first_evaluation(moved), fell)] += 1
+    return counts
+
+
 def table_of_looks():
     """When a number warns in runs on tiny-sd3 where gold falls by 0.01; whether it does in the others."""
-    groups = TABLE.keys() - {"default", "ratio", "time", "dance", "dance-3lr", "pickscore", "geneval"}
-    folders = [f for group in groups for label in TABLE[group] for f in runs_of(label).values()]
     rows = []
-    for name in rewards.LOOKS:
-        for said, tau in TAU.items():
-            counts = dict.fromkeys(("before", "with", "after", "never", "false", "quiet"), 0)
-            for folder in folders:
-                evals = columns(folder / "evals.csv")
-                moved = abs(evals[name] - evals[name][0]) > tau * max(evals[name][0], 0.01)
-                warned, fell = first_evaluation(moved), first_evaluation(curve(folder)[2] <= -FALL)
-                counts[verdict(warned, fell)] += 1
-            if counts["never"] + counts["quiet"] < len(folders):  # else it never warned
-                rows.append([f"`{name}`", said, *map(str, counts.values())])
+    for (name, said), counts in verdicts().items():
+        if counts["never"] + counts["quiet"] < sum(counts.values()):  # else it never warned
+            rows.append([f"`{name}`", said, *map(str, counts.values())])
     return table(["number", "threshold", "warns before", "at the same evaluation", "later", "never",
                   "warns without a fall", "quiet without a fall"], rows)
 
@@ -423,7 +450,7 @@ def verdict(warned, fell):
 
 def less(a, b, level):
     """Such as `0.0014 ± 0.0002`: how much less gold a has lost than b, at a gain."""
-    return mean_of(-d for d in pairs(a, b, level)[0]).rpartition(" (")[0]
+    return mean_and_error(-d for d in pairs(a, b, level)[0])
 
 
 def chance(a, b, level):
@@ -440,12 +467,12 @@ def versus(a, b, level):
 
 def less_gold_lost(level):
     """Guard against Flow-GRPO, the four comparisons."""
-    same, pairing, best, high = COMPARISONS
-    p = ", ".join(chance(*pair, level) for pair in (same, high, pairing, best))
-    return (f"At a gain of {level} GRPO-Guard had lost less gold than Flow-GRPO, by {less(*same, level)} at "
-            f"the same learning rate, 6.7e-4; by {less(*high, level)} at 2e-3; by {less(*pairing, level)} at "
-            f"the paper's pairing, three times the rate for Flow-GRPO; and by {less(*best, level)} best "
-            f"setting against best ({len(losses(MAIN[0], level))} seeds; p = {p})")
+    same, pairing, best, high = (
+        f"{less(*pair, level)} (p = {chance(*pair, level)})" for pair in COMPARISONS)
+    return (f"At a gain of {level} GRPO-Guard had lost less gold than Flow-GRPO: {same} at the same learning "
+            f"rate, 6.7e-4, and {high} at 2e-3. It was {pairing} at the paper's pairing, three times the "
+            f"rate for Flow-GRPO, and {best} best setting against best; "
+            f"{len(losses(MAIN[0], level))} seeds each")
 
 
 def without_clip():
@@ -464,10 +491,7 @@ def shift_alone():
 
 def shift_by_side():
     """What is outside the clip range there at the last step, means over seeds."""
-    shares = []
-    for label in TABLE["shift"]:
-        steps = later_updates(*runs_of(label).values())
-        shares += [steps[name][steps["step"] == 8].mean() for name in ("clip_high", "clip_low")]
+    shares = [by_step(label)[-1][name] for label in TABLE["shift"] for name in ("clip_high", "clip_low")]
     return ("At the last step Flow-GRPO has {:.0%} of the samples above the range there and {:.0%} below, "
             "without the shift {:.0%} and {:.0%}").format(*shares)
 
@@ -479,11 +503,6 @@ def rate_against_method(level):
             f"(p = {chance(*pair, level)})")
 
 
-def distance(folder):
-    """The root of KL to the base, of the stochastic trajectory, at every evaluation."""
-    return np.sqrt(D * columns(folder / "evals.csv")["kl_to_base"])
-
-
 def narrower_clip():
     """Flow-GRPO at 6.7e-4 with a clip range of 2.2e-4 against the preset's."""
     pair = "best-flow-grpo", "main-flow-grpo"
@@ -493,21 +512,15 @@ def narrower_clip():
             f"({len(losses(pair[0], LEVEL))} seeds, p = {p})")
 
 
-def at_distance(folder, root):
-    """(gain, change in gold) where the root of KL first reaches a number."""
-    i, part = crossing(distance(folder), root)
-    return [x[i - 1] + part * (x[i] - x[i - 1]) for x in curve(folder)[1:]]
-
-
 def at_equal_distance(root=3):
     """Guard less Flow-GRPO at 6.7e-4, paired by seed."""
     guarded, baseline = (
-        np.array([at_distance(folder, root) for folder in runs_of(label).values()]) for label in MAIN[:2])
+        np.array([at(root, distance(folder), *curve(folder)[1:]) for folder in runs_of(label).values()])
+        for label in MAIN[:2])
     gain, gold = (guarded - baseline).T
     p = ttest_rel(guarded[:, 1], baseline[:, 1]).pvalue
-    gain, gold = (mean_of(x).rpartition(" (")[0] for x in (gain, gold))
-    return (f"Where the root of KL is {root}, Guard at 6.7e-4 had gained {gain} more than Flow-GRPO, and its "
-            f"gold was {gold} higher (p = {p:.2f})")
+    return (f"Where the root of KL is {root}, Guard at 6.7e-4 had gained {mean_and_error(gain)} more than "
+            f"Flow-GRPO, and its gold was {mean_and_error(gold)} higher (p = {p:.2f})")
 
 
 def who_is_blocked():
@@ -521,10 +534,15 @@ def who_is_blocked():
             "{:.0%} and {:.0%}").format(*shares)
 
 
+def blocked_and_lost(method, lr):
+    """(share blocked, gold lost at LEVEL) of the runs of the grid that reach it, by clip range."""
+    return [(clipped(folder)[1], reading[1])
+            for folder in grid_runs(method, lr) if (reading := at_gain(folder, LEVEL))]
+
+
 def grid_losses(method, lr):
     """Such as `0.0032 to 0.0035`: gold lost at LEVEL over the clip ranges of the grid."""
-    readings = [at_gain(folder, LEVEL) for folder in grid_runs(method, lr)]
-    lost = [reading[1] for reading in readings if reading]
+    lost = [lost for _, lost in blocked_and_lost(method, lr)]
     return f"{min(lost):.4f} to {max(lost):.4f}"
 
 
@@ -542,26 +560,27 @@ def best_of(n):
 
 def cost(label, level):
     """Seconds to a gain and gold lost there, the latter with its error, over the seeds of the variants."""
-    found = [at_gain(folder, level) for seed, folder in runs_of(label).items() if seed in MINE]
+    found = readings(without_extra_seeds(label), level)
     epochs = statistics.mean(updates / 2 for updates, _ in found)
-    lost = mean_of(lost for _, lost in found).rpartition(" (")[0]
-    return epochs * seconds_of_epoch(label), lost
+    return epochs * seconds_of_epoch(label), mean_and_error(lost for _, lost in found)
 
 
 def cost_of_window(window, whole, level):
     """How a window of three noisy steps compares with all nine, at one learning rate."""
     (seconds, lost), (all_seconds, all_lost) = (cost(label, level) for label in (window, whole))
-    _, p = pairs(window, whole, level)
-    return (f"took {seconds / all_seconds:.0%} of the time to a gain of {level} and had lost {lost} gold; "
-            f"with all nine steps {all_lost} ({len(MINE)} seeds, p = {p:.2f})")
+    found, p = pairs(window, whole, level)
+    return (f"took {seconds / all_seconds:.0%} of the time to a gain of {level} and had lost {lost} gold. "
+            f"With all nine steps it was {all_lost} ({len(found)} seeds, p = {p:.2f})")
+
+
+def mean_end(label):
+    """(gain in reward, change in gold) at the end, means over the seeds of the variants."""
+    return np.mean([[values[-1] for values in curve(f)[1:]] for f in without_extra_seeds(label)], axis=0)
 
 
 def window_in_the_end():
     """After 20 updates at 2e-3, which is the preset: a window against all steps, seeds of the variants."""
-    ends = []
-    for label in ("window-3-3lr", "main-guard-3lr"):
-        curves = [curve(folder) for seed, folder in runs_of(label).items() if seed in MINE]
-        ends += [statistics.mean(values[k][-1] for values in curves) for k in (1, 2)]
+    ends = [*mean_end("window-3-3lr"), *mean_end("main-guard-3lr")]
     return ("after 20 updates at the preset's 2e-3 it had gained {:.3f} and {:+.3f} gold, with all nine "
             "steps {:.3f} and {:+.3f}").format(*ends)
 
@@ -592,7 +611,7 @@ def sentences():
         narrower_clip(),
         at_equal_distance(),
         *shares_of_steps(),
-        blocked_and_lost(),
+        blocked_or_not(),
         what_gradients_did(),
         what_grid_said(),
         what_readers_saw(),
@@ -604,30 +623,28 @@ def sentences():
 
 def shares_of_steps():
     """Of the table by step: what is clipped at the ends."""
-    _, first, *_, last = cells_of(table_of_steps())
-    outside = [float(row[8][:-1]) + float(row[9][:-1]) for row in (first, last)]
+    last, guarded = by_step(MAIN[1])[-1], by_step(MAIN[0])
+    outside = [100 * (guarded[t]["clip_high"] + guarded[t]["clip_low"]) for t in (0, -1)]
     return [
-        f"At the last step Flow-GRPO's mean is {last[1]}, and {last[2]} was foretold; it clips {last[5]} of "
-        f"the samples below and {last[4]} above",
+        f"At the last step Flow-GRPO's mean is {last['ratio_mean']:.1e}, and {last['foretold']:.1e} was "
+        f"foretold; it clips {last['clip_low']:.1%} of the samples below and {last['clip_high']:.1%} above",
         f"Guard clips both sides alike, {outside[0]:.1f} % of the samples at the first step and "
         f"{outside[1]:.0f} % at the last"]
 
 
-def blocked_and_lost():
+def blocked_or_not():
     """Guard's runs of the grid at the two lower rates."""
-    found = grid_runs("guard", 2.2e-4) + grid_runs("guard", 6.7e-4)
-    found = [(clipped(folder)[1], at_gain(folder, LEVEL)) for folder in found]
-    blocked, lost = zip(*((share, reading[1]) for share, reading in found if reading), strict=True)
+    found = blocked_and_lost("guard", 2.2e-4) + blocked_and_lost("guard", 6.7e-4)
+    blocked, lost = zip(*found, strict=True)
     return (f"with {min(blocked):.0%} to {max(blocked):.0%} blocked Guard lost {min(lost):.4f} to "
             f"{max(lost):.4f} at a gain of {LEVEL}")
 
 
 def what_gradients_did():
     """Of the table of gradients."""
-    _, *rows = cells_of(table_of_gradients())
-    of = {(sampler, method): float(ratio.split()[0]) for sampler, method, ratio in rows}
-    flow = [of["`flow`", method] for method in ("flow-grpo", "rationorm", "guard")]
-    dance = of["`dance`", PRINTED], of["`dance`", "guard"]
+    of = {name: unevenness(norms).mean() for name, norms in gradients().items()}
+    flow = [of["flow", method] for method in ("flow-grpo", "rationorm", "guard")]
+    dance = of["dance", PRINTED], of["dance", "guard"]
     return ("Over the steps the gradient differs by a factor of {:.0f} for Flow-GRPO, {:.0f} with RatioNorm "
             "and {:.1f} for Guard; for DanceGRPO's sampler the weight printed in notes of others leaves "
             "{:.1f} and ours {:.1f}").format(*flow, *dance)
@@ -635,31 +652,27 @@ def what_gradients_did():
 
 def what_grid_said():
     """The one of `looks` that warns at all often."""
-    tenth, third = (list(map(int, row[2:])) for row in cells_of(table_of_looks()) if row[0] == "`grid`")
+    tenth, third = (list(verdicts()["grid", said].values()) for said in TAU)
     return (f"`grid`, by a third, warned before the fall in {third[0]} of {sum(third[:4])} runs, at the same "
             f"evaluation in {third[1]} and later in {third[2]}; without a fall in {third[4]} of "
             f"{sum(third[4:])}. By a tenth it warned in {sum(tenth) - tenth[3] - tenth[5]} of "
             f"{sum(tenth)} runs")
 
 
-def end_gain(label):
-    """Mean gain in reward at the end, over the seeds of the variants."""
-    return statistics.mean(curve(folder)[1][-1] for folder in runs_of(label).values())
-
-
 def what_variants_did():
     """KL, CPS and DanceGRPO."""
-    few, level = [end_gain(f"dance-{method}") for method in CLIPS], 0.05
-    more = [end_gain(f"dance-{method}-3lr") for method in CLIPS]
+    gain = {label: mean_end(label)[0] for label in (*TABLE["cps"], *TABLE["dance"])}
+    level = 0.05
     return [
-        f"With DanceGRPO on `tiny-flux` Guard gained {few[0]:.3f} in 20 updates and the baseline "
-        f"{few[1]:.3f}; at 2e-3 {more[0]:.3f} and {more[1]:.3f}, and at a gain of {level} Guard had lost "
+        f"With DanceGRPO on `tiny-flux` Guard gained {gain['dance-guard']:.3f} in 20 updates and the "
+        f"baseline {gain['dance-flow-grpo']:.3f}; at 2e-3 {gain['dance-guard-3lr']:.3f} and "
+        f"{gain['dance-flow-grpo-3lr']:.3f}, and at a gain of {level} Guard had lost "
         f"{versus('dance-guard-3lr', 'dance-flow-grpo-3lr', level)}",
         f"A KL of 0.04 changed nothing that 20 updates can show: at a gain of {LEVEL} Guard lost "
         f"{versus('kl-guard', 'main-guard', LEVEL)}, Flow-GRPO "
         f"{versus('kl-flow-grpo', 'main-flow-grpo', LEVEL)}",
-        f"With CPS Flow-GRPO learned nothing in 20 updates ({end_gain('cps-flow-grpo'):+.3f}), and Guard "
-        f"learned as with its own sampler ({end_gain('cps-guard'):+.3f}): at a gain of {LEVEL} it lost "
+        f"With CPS Flow-GRPO learned nothing in 20 updates ({gain['cps-flow-grpo']:+.3f}), and Guard "
+        f"learned as with its own sampler ({gain['cps-guard']:+.3f}): at a gain of {LEVEL} it lost "
         f"{versus('cps-guard', 'main-guard', LEVEL)}"]
 
 
@@ -672,7 +685,6 @@ def what_readers_saw():
 
 
 TABLES = {name: function for name, function in globals().items() if name.startswith("table_of_")}
-OF_README = TABLES.pop("table_of_answers")  # the others are on the page of results
 
 
 def main():

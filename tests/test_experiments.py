@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent.parent
 PAGE = (HERE / "experiments" / "README.md").read_text()
 README = (HERE / "README.md").read_text()
 TABLES = tables.TABLES | study.TABLES
+SENTENCES = study.sentences()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -35,17 +36,17 @@ def test_every_table_of_the_page_is_one_of_these():
     assert sorted(on_page) == sorted(f"{function()}\n" for function in TABLES.values())
 
 
-@pytest.mark.parametrize("sentence", study.sentences())
+@pytest.mark.parametrize("sentence", SENTENCES)
 def test_what_is_said_of_the_study_is_what_its_csvs_say(sentence):
     """On the page of results, and the answers in the main README too."""
     page = " ".join(PAGE.split())
     assert sentence in page
-    if sentence in study.sentences()[: study.ANSWERS]:
+    if sentence in SENTENCES[: study.ANSWERS]:
         assert sentence in " ".join(README.split())
 
 
 def test_the_main_readme_has_the_main_table():
-    assert study.OF_README() in README
+    assert study.readme_table() in README
 
 
 def test_every_figure_of_the_page_is_there_and_none_else():

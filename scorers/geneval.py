@@ -6,12 +6,10 @@ to train on is Flow-GRPO's.
 
 A judge is a detector and a CLIP model, each a folder or a hub id. By default it is GenEval's own, for the
 classes of COCO. Any other says what differs in a file `geneval.json` in the detector's folder, a JSON object
-whose keys are fields of `Settings`. In rewards.py such a judge is registered by name, here for both scores:
+whose keys are fields of `Settings`. `--reward mine:load` then takes such a judge from a file mine.py:
 
-    mine = dict(detector="FOLDER", clip="FOLDER")
-    REWARDS["mine"] = functools.partial(scorer, "geneval", "load", **mine)
-    REWARDS["mine-strict"] = functools.partial(scorer, "geneval", "load", strict=True, **mine)
-    CHECKS["mine"] = CHECKS["mine-strict"] = functools.partial(scorer, "geneval", "check", **mine)
+    load = functools.partial(scorers.geneval.load, detector="FOLDER", clip="FOLDER")
+    load.check = functools.partial(scorers.geneval.check, detector="FOLDER")
 """
 
 import functools
@@ -97,7 +95,7 @@ def is_list_of(kind, value):
 # The rules
 
 
-def check(prompt, metadata, detector=DETECTOR, clip=CLIP):
+def check(prompt, metadata, detector=DETECTOR):
     """Raise BadInput unless the metadata is GenEval's, with classes and colours that the judge knows."""
     settings = settings_of(detector)
     check_geneval(prompt, metadata, settings.classes, settings.colours)
@@ -330,3 +328,7 @@ def load(strict=False, detector=DETECTOR, clip=CLIP):
         return [float(correct) if strict else score for correct, score, _ in verdicts]
 
     return reward
+
+
+load_strict = functools.partial(load, strict=True)
+load.check = load_strict.check = check

@@ -115,7 +115,7 @@ def png(image):
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def load_http(name):
+def load_http(name="http"):
     """The reward that is served at GRPO_GUARD_<NAME>_URL. Raises BadInput if there is none of that name."""
     url = server_url(url_variable(name))
     served = first_answer(url, "reward")

@@ -1,55 +1,70 @@
 """GRPO-Guard in one file: reinforcement learning of flow-matching image models.
 
 GRPO fine-tunes a text-to-image model on a reward. It draws a group of images per prompt with a stochastic
-sampler, scores them, and pushes the model towards those that scored above their group's mean. PPO's clip is
-meant to stop that push once the policy has moved far enough. In flow models, the paper says, it does not:
-the importance ratio of new and old policy lies below 1 on average, and its spread differs by orders of
-magnitude over the denoising steps. So good samples hardly reach the upper clip: the reward goes up, and the
-pictures go bad. GRPO-Guard (arXiv 2510.22319) mends that with two equations:
+sampler, scores them, and makes those above their group's mean more likely. PPO's clip is meant to stop that
+push once the policy has moved far enough. The paper (arXiv 2510.22319) finds that in flow models it does not:
+the importance ratio of new and old policy lies below 1 on average, and its standard deviation differs by
+orders of magnitude over the denoising steps. So good samples hardly ever reach the upper clip, the reward
+goes on rising, and the pictures go bad. GRPO-Guard changes two equations:
 
     RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, a line of `log_ratio`
     reweighting   a step's objective is multiplied by delta = 1 / dt          a line of `reweighting`
 
-One epoch, as in `train_epoch` and in the loop of `train`:
+In this project's own runs, on small models, most of the gain came from the weights of the steps and not from
+the clip; `reweighting` says why the weights should help.
+
+One epoch, as in the loop of `train`:
 
     1. sample      per prompt, G images with the SDE sampler; keep x, v and eps of every trained step
     2. reward      score the images, on a thread, while the next ones are being sampled
     3. advantage   A = (reward - mean of its group) / (standard deviation of its group)
-    4. update      run the model again on the kept x; ratio; clip; delta; backward; one AdamW step
-    5. log, save   metrics.jsonl, a checkpoint
+    4. update      twice, on half of the groups each: the model again on the kept x; ratio; clip; delta; backward
+    5. save        a line in metrics.jsonl, a checkpoint
     6. evaluate    now and then: held-out prompts by the ODE sampler, the reward, gold scores only watched
+
+The clip acts from an epoch's second update on. In the first the policy is still the one that drew the images,
+so that the ratio is 1. In the second the ratio says how far the first update, on other images, has moved the
+model. What is clipped there are the samples that it happened to move the right way; what is left opposes it.
+So a narrow clip is a brake, and a very narrow one undoes the first update.
 
 Symbols, the same in all of the file. "mean" in the maths is always over the D dimensions of one sample:
 
-    x       latents (1 - sigma) x0 + sigma x1, x1 noise        B        samples in a slice
-    v       velocity x1 - x0, what the transformer predicts    G        group size, samples per prompt
-    sigma   noise level, from 1 (noise) to 0 (image)           T        trained steps: those with noise, s > 0
-    dt      sigma - sigma_next > 0                             C, H, W  channels, height, width of the latents
-    mu, s   mean and deviation: x_next = mu + s eps            D        C * H * W, dimensions of a sample
-    a, b    mu = a x + b v, for every sampler                  L, E     text tokens, width of an embedding
-    eps     the step's noise, standard normal                  A        advantage
-    d       mu_new - mu_old = b (v_new - v_old)                rho      ratio - 1 = expm1(log_ratio)
+    here    in the paper                                       here    shapes
+    sigma   t, the noise level, from 1 (noise) to 0 (image)    B       samples in a slice
+    g       sigma_t, the noise rate                            G       group size, samples per prompt
+    s       sigma_t sqrt(dt), a step's standard deviation      T       trained steps: those with noise, s > 0
+    d       -(Delta mu): mu_new - mu_old = b (v_new - v_old)   C, H, W channels, height, width of the latents
+    eps     the step's noise, standard normal                  D       C * H * W, dimensions of a sample
+    x       latents (1 - sigma) x0 + sigma x1, x1 noise        L, E    text tokens, width of an embedding
+    v       velocity x1 - x0, what the transformer predicts
+    dt      sigma - sigma_next > 0                             A       advantage
+    a, b    mu = a x + b v and x_next = mu + s eps,            rho     ratio - 1 = expm1(log_ratio)
+            for every sampler
 
-Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA gradients does). Beside
-this file: rewards, which are plain functions in rewards.py and scorers/, and settings/command_line.py, which
-turns flags and presets into checked `Args`. Where this code departs from the paper or from the authors' code
-a comment says "Departure"; README.md lists them in one table.
+Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA's gradients does), other
+rewards than those of rewards.py, and more than one reward at a time. Where this code departs from the paper or
+from the authors' code a comment says "Departure"; README.md lists them in one table. Equations are numbered as
+in notes on version 2 of the paper, which were not checked against the PDF.
 
-    python guard.py --task ocr                                              # a tiny real SD3, on a CPU
-    torchrun --nproc_per_node=8 guard.py --task ocr                         # SD3.5-M on 8 GPUs
+    torchrun --nproc_per_node=8 guard.py --task ocr                       # SD3.5-M on 8 GPUs
     torchrun --nproc_per_node=8 guard.py --task ocr --model flux.1-dev
-    python guard.py --resume runs/NAME                                      # go on where it stopped
+    python guard.py --task ocr --model tiny/sd3                           # a small real SD3, on a CPU
+    python guard.py --resume runs/NAME                                    # go on where it stopped
 """
 
-import contextlib
+import fcntl
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import time
+import traceback
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import diffusers
@@ -57,20 +72,22 @@ import numpy as np
 import peft
 import torch
 import torch.distributed as dist
-from diffusers.training_utils import EMAModel, cast_training_params
-from safetensors.torch import load_file, save_file
+import transformers
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import cast_training_params
+from safetensors import safe_open
+from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import rewards
-from scorers.background import TIMEOUT, Scorers, report_evaluation, result_of, sheet
-from settings import command_line
-from settings.command_line import BY_TASK, TINY, TINY_BY_TASK, TINY_FLUX, TINY_SD3
+from rewards import BadInput
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
 METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard")
+REWARD_DEADLINE = 540  # seconds from the last image to the last reward; NCCL gives up waiting after 600
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -83,33 +100,34 @@ def flag(default, text, **more):
 
 @dataclass
 class Args:
-    """The command line. Defaults are the paper's for SD3.5-M; MODELS and rewards.TASKS say the rest."""
+    """The command line. Defaults are the paper's for SD3.5-M; PRESETS has what differs from them."""
 
-    task: str = flag("ocr", "what to learn", choices=rewards.TASKS)
-    reward: str = flag("ocr", "what to train on; the task's own unless given", choices=rewards.REWARDS)
-    gold: list[str] = flag(None, "rewards watched, never trained on", choices=[*rewards.REWARDS, "none"])
+    task: str = flag("ocr", "what to learn", choices=["ocr", "geneval", "pickscore"])
+    reward: str = flag(None, "name in rewards.py or module:function; the task's own unless given")
+    gold: list[str] = field(default_factory=list, metadata={"help": "rewards watched, never trained on; or none"})
     prompts: str = flag(None, "file, or folder in Flow-GRPO's layout; the task's own unless given")
-    gold_prompts: str = flag(None, "as prompts: what gold is drawn from; PickScore's unless given")
-    model: str = flag(None, "alias, folder or hub id; sd3.5-medium by torchrun on GPUs, else tiny-sd3")
+    model: str = flag("sd3.5-medium", "sd3.5-medium, flux.1-dev, a folder or a hub id")
     method: str = flag("guard", "log-ratio and weight of the steps", choices=METHODS)
     sde: str = flag("flow", "sampler of Flow-GRPO, DanceGRPO or Flow-CPS", choices=["flow", "dance", "cps"])
-    sde_window: int = flag(None, "have noise in, and train, only so many steps, drawn anew each epoch")
+    same_noise: bool = flag(False, "a group starts from one initial noise, as in DanceGRPO")
+    sde_window: int | None = flag(None, "have noise in, and train, so many steps, drawn anew each epoch")
     steps: int = flag(10, "denoising steps in training; the last has no noise")
     eval_steps: int = flag(40, "denoising steps in evaluation")
     eta: float = flag(0.7, "noise level of the sampler")
     guidance: float = flag(4.5, "guidance scale in sampling and training; 1 for none")
-    resolution: str = flag("512", "pixels: N or HxW")
+    height: int = flag(512, "pixels")
+    width: int = flag(512, "pixels")
     group_size: int = flag(24, "images per prompt")
     groups: int = flag(48, "prompts an epoch, over all processes")
     updates_per_epoch: int = flag(2, "optimizer updates an epoch, each on its share of the prompts")
     micro_batch: int = flag(8, "images in one pass of the transformer; divides group_size")
-    epochs: int = flag(240, "epochs in all")
+    epochs: int = flag(240, "epochs in all; 0 evaluates and ends")
     lr: float = flag(1e-4, "learning rate")
-    clip: float = flag(2e-6, "clip range of rho = ratio - 1; it goes as 1/sqrt(D), see log_ratio")
+    clip: float | None = flag(None, "clip range of rho = ratio - 1; the paper's times 65,536 / D unless given")
     kl_beta: float = flag(0.0, "weight of the KL to the model without its LoRA")
     lora_rank: int = flag(32, "rank of the LoRA")
     lora_alpha: int = flag(64, "alpha of the LoRA")
-    init_lora: str = flag(None, "LoRA to start from, folder or file; it sets rank and alpha")
+    init_lora: str = flag(None, "LoRA to start from, folder or file; it sets the rank")
     ema_decay: float = flag(0.9, "largest decay of the LoRA's moving average; 0 for none")
     eval_every: int = flag(30, "epochs between evaluations")
     eval_prompts: int = flag(1024, "held-out prompts in an evaluation")
@@ -119,9 +137,112 @@ class Args:
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     offload: bool = flag(False, "encoders, embeddings, VAE and the kept rollout wait on the CPU while unused")
     seed: int = flag(0, "keys every random number")
-    run_dir: str = flag(time.strftime("runs/%Y%m%d-%H%M%S"), "folder of the run")
-    resume: str = flag(None, "folder of a run to go on with")
-    dry_run: bool = flag(False, "print the resolved settings and the arithmetic, load nothing")
+    run_dir: str = flag(None, "folder of the run, new or empty; runs/DATE-TIME unless given")
+    resume: str = flag(None, "folder of a run to go on with; other flags change its settings")
+    dry_run: bool = flag(False, "print the settings and end")
+
+
+MODELS = {
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+}
+# What differs from Args, by the class of the pipeline: for all runs, then by task, by method, by sampler; a later
+# row wins. `clip` is at D = 65,536. A model's folder may hold such a table of its own, guard.json, which wins.
+SD3_PRESET = {
+    "all": dict(clip=2e-6),
+    "geneval": dict(epochs=930),
+    "pickscore": dict(epochs=510, clip=4e-6),
+    "baseline": dict(lr=3e-4, clip=1e-4),  # every method that trains on Eq. 7
+    "dance": dict(eta=0.3, same_noise=True),
+}
+FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
+FLUX_PRESET = SD3_PRESET | {"all": dict(FLUX, clip=2e-6), "ocr": dict(epochs=270), "geneval": dict(epochs=630)}
+PRESETS = {"StableDiffusion3Pipeline": SD3_PRESET, "FluxPipeline": FLUX_PRESET}
+# The smallest value of a number; 1 for all others.
+LEAST = dict(steps=2, group_size=2, eta=1e-3, lr=0, clip=0, kl_beta=0, ema_decay=0, seed=0, epochs=0)
+
+
+def require(condition, message):
+    if not condition:
+        raise BadInput(message)
+
+
+def parse_args(argv=None):
+    """The command line as Args. What is not given is the resumed run's or the preset's. Raises BadInput."""
+    parser = transformers.HfArgumentParser(Args, prog="guard.py", allow_abbrev=False)
+    parser.error = lambda message: require(False, message)
+    given = parser.parse_args(argv)
+    parser.set_defaults(**(settings_of_run(given.resume) if given.resume else preset(given)))
+    args = Args(**vars(parser.parse_args(argv)))
+    args.gold = [name for name in args.gold if name != "none"]
+    args.run_dir = args.resume or args.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")
+    check(args)
+    if given.clip is None and not args.resume:
+        args.clip *= 65536 / math.prod(latent_shape(args))
+    if args.init_lora and not args.resume:
+        args.lora_rank = min(min(weight.shape) for weight in read_lora(args.init_lora).values())
+    return args
+
+
+def settings_of_run(folder):
+    """The settings of a run, from its config.json."""
+    path = Path(folder) / "config.json"
+    require(path.is_file(), f"--resume {folder}: expected the folder of a run, which has a config.json")
+    return json.loads(path.read_text())["args"] | dict(dry_run=False)
+
+
+def preset(given):
+    """Settings by model, task, method and sampler."""
+    own = Path(given.model) / "guard.json"
+    tables = PRESETS[read_index(given.model)["_class_name"]], json.loads(own.read_text()) if own.exists() else {}
+    is_baseline = given.method not in ("rationorm", "guard")
+    settings = dict(prompts=f"prompts/{given.task}", reward=given.task)
+    for table in tables:
+        for row in ("all", given.task, "baseline" if is_baseline else "guard", given.sde):
+            settings |= table.get(row, {})
+    if given.prompts:
+        settings.pop("gold", None)  # a model's gold is for its own prompts
+    return settings
+
+
+def read_index(name):
+    """The model_index.json of a model. Raises BadInput if it cannot be had, or if guard.py has no backbone for it."""
+    place = MODELS.get(name, name)
+    try:
+        index = diffusers.DiffusionPipeline.load_config(place)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(place, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        how = "if gated, accept its licence on the hub and run `hf auth login`; --model tiny/sd3 runs on a CPU"
+        raise BadInput(f"--model {name}: {' '.join(str(error).split())[:200]}; {how}") from None
+    kind, shifts = index["_class_name"], scheduler.get("use_dynamic_shifting")
+    require(kind in PRESETS, f"--model {name}: is a {kind}; expected {' or '.join(PRESETS)}")
+    fits = index["scheduler"][1] == "FlowMatchEulerDiscreteScheduler" and (kind == "FluxPipeline" or not shifts)
+    require(fits, f"--model {name}: expected FlowMatchEulerDiscreteScheduler, for SD3 without dynamic shifting")
+    return index
+
+
+def latent_shape(args):
+    """(C, H, W)"""
+    vae = diffusers.AutoencoderKL.load_config(MODELS.get(args.model, args.model), subfolder="vae")
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels to a latent
+    return vae["latent_channels"], args.height // scale, args.width // scale
+
+
+def check(args):
+    """Raise BadInput for what would fail late or in silence."""
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            least = LEAST.get(name, 1)
+            require(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
+    G, updates, window = args.group_size, args.updates_per_epoch, args.sde_window or 1
+    require(G % args.micro_batch == 0, f"--micro_batch {args.micro_batch}: expected a divisor of {G}")
+    require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
+    require(window < args.steps, f"--sde_window {window}: expected at most {args.steps - 1}")
+    for name in ("height", "width"):
+        require(getattr(args, name) % 16 == 0, f"--{name} {getattr(args, name)}: expected a multiple of 16")
+    training_set, held_out = rewards.prompt_files(args.prompts)
+    rewards.read_prompts(training_set, [args.reward])
+    rewards.read_prompts(held_out, [args.reward, *args.gold])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,7 +255,10 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
     1 >= sigma > sigma_next >= 0; eta: noise level, 0 or more (cps: at most 1). kind: "flow" (Flow-GRPO, arXiv
     2505.05470), "dance" (DanceGRPO, arXiv 2505.07818) or "cps" (Flow-CPS, arXiv 2509.05952). Without noise,
     and at sigma_next = 0, each is the Euler step of diffusers' FlowMatchEulerDiscreteScheduler: (1, -dt, 0).
-    So the last step has no noise and is not trained. With noise, raises ValueError for another kind.
+    With noise, raises ValueError for another kind.
+
+    Departure: so the last step has no noise and is not trained. Flow-GRPO's pipelines add noise there too, and
+    decode it; DanceGRPO, like us, does not.
     """
     dt = sigma - sigma_next
     if eta == 0 or sigma_next == 0:
@@ -145,8 +269,9 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
         c = math.sqrt(sigma_next**2 - s**2)  # the old noise that stays: c² + s² = sigma_next²
         return (1 - sigma_next) + c, -sigma * (1 - sigma_next) + (1 - sigma) * c, s
     if kind == "flow":
-        below = 1 - sigma if sigma < 1 else 1 - sigma_next  # at sigma = 1 the next step's
-        g = eta * math.sqrt(sigma / below)  # noise rate: s² = g² dt
+        # 1 - sigma is 0 at the first step, so Flow-GRPO takes the next step's sigma there.
+        clean_share = 1 - sigma if sigma < 1 else 1 - sigma_next
+        g = eta * math.sqrt(sigma / clean_share)
     elif kind == "dance":
         g = eta
     else:
@@ -160,13 +285,13 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
 Step = namedtuple("Step", "sigma dt a b s")
 
 
-def schedule(sigmas, eta, kind, noisy=None) -> list[Step]:
+def make_schedule(sigmas, eta, kind, noisy=None) -> list[Step]:
     """n + 1 sigmas -> n steps. noisy: indices of the steps with noise, all but the last unless given."""
-    steps = []
+    schedule = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         level = eta if noisy is None or i in noisy else 0.0
-        steps.append(Step(sigma, sigma - sigma_next, *sde_coefficients(sigma, sigma_next, level, kind)))
-    return steps
+        schedule.append(Step(sigma, sigma - sigma_next, *sde_coefficients(sigma, sigma_next, level, kind)))
+    return schedule
 
 
 def mean(x):
@@ -185,19 +310,26 @@ def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
 def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tensor:
     """Log of the importance ratio of a step by one of METHODS; v_new, v_old, eps: (B, ...) -> (B,).
 
-    Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), where x_next = mu_old + s eps.
+    1. Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), and x_next = mu_old + s eps. Written
+       out it is mean(d eps) / s - mean(d²) / (2 s²): a noise term and a shift.
+    2. Let KL = sum(d²) / (2 s²), the step's, summed over D, in nats. The noise term has mean 0 and standard
+       deviation sqrt(2 KL) / D. The shift is -KL / D.
+    3. So the ratio's centre lies sqrt(KL/2) of its own standard deviations below 1: the left shift. That holds
+       for a sum over D as for a mean. It is small below 1 nat, and large beyond.
+    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. Once the standard deviation is as
+       large as that range, the centre lies 3.3 standard deviations below 1. So either nothing is clipped, or
+       nearly only the low side.
+    5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation goes as |b| over the steps, 8-fold
+       on SD3.5, where that of Eq. 7 goes as |b| / s, 26-fold: one clip range comes closer to fitting all steps.
+    6. Guard's clip range, 2e-6, is 0.131 / s nats, 0.2 to 0.6: the size that PPO usually has. To keep that at
+       another D, the range goes as 1/D.
+
+    exp(Eq. 8) is no importance ratio any more. It measures how far the new mean lies along the noise that was
+    drawn, and is used as a trust region.
+
     Departure: the authors subtract two log-probabilities, which loses digits. Here the difference is written
-    out, and is exactly 0 when v is unchanged.
-
-    Its second term is the left shift. It is sqrt(KL/2) times the spread of the first, KL being the step's,
-    summed over D. PPO usually stops within a fraction of a nat, where that is little. But a clip range of
-    1e-4 on the mean over D = 65,536 is 6.6 nats on the sum, and at a spread of that size the shift is 3.3
-    times as large: good samples hardly reach the upper clip. E[ratio] is 1 for a summed log_prob, where a few
-    large ratios make up for the shift, and exp(-KL/D + KL/D²) < 1 for the mean. Eq. 8 leaves the shift out.
-    Departure: each sample has its own shift; the authors' code averages over the batch.
-
-    Eq. 8 is a mean over D of products d eps, so at equal d its spread goes as 1/sqrt(D), and so must the
-    clip range: the paper's 2e-6 at D = 65,536 (16 x 64 x 64) is 2.3e-5 at D = 512, the tiny models'.
+    out, in fp32, and is exactly 0 when v is unchanged. Departure: each sample has its own shift; the authors'
+    code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
     if method in ("rationorm", "guard"):
@@ -210,10 +342,17 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
-    The gradient of Eq. 8 with respect to v_new is b eps / D, so that a step counts in proportion to |b|.
-    For `flow` |b| = (1 + eta²/2) dt, but dt at the first step; divided by dt it is alike at all the others.
-    For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
-    scale that of `flow`. Departure: others print (1 + eta²/2) / dt for DanceGRPO, which is nearly as even.
+    1. The gradient of Eq. 8 with respect to v_new is b eps / D: a step counts in proportion to |b|.
+    2. For `flow` |b| = (1 + eta²/2) dt, but dt at the first step. Divided by dt it is alike at all the others.
+    3. For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
+       scale that of `flow`. Departure: TeleBoost's notes have (1 + eta² (1 - sigma) / (2 sigma)) / dt for
+       DanceGRPO, which is |b| / dt².
+
+    Why it should help. At a step with little noise the reward says little about that noise: E[A eps] = s times
+    the gradient of the expected advantage (Stein's identity), while eps has size 1 at every step. If step i
+    enters with the weight w_i and these gradients are alike, the signal-to-noise ratio of the sum is
+    sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with `flow` that is 0.66 for Flow-GRPO
+    (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant), and 1.43 at best (w = s).
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
@@ -224,21 +363,13 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     return (1 + eta**2 / 2) / abs(step.b)
 
 
-def surrogate(rho, A, clip, delta):
-    """(B,) PPO's clipped objective, reweighted: Eq. 12 without its constant delta A, since ratio = 1 + rho.
-
-    In rho, because fp32 numbers near 1 are 1.2e-7 apart, and Guard's clip range is 2e-6.
-    """
-    return delta * torch.minimum(rho * A, rho.clamp(-clip, clip) * A)
-
-
 def advantages(scores: torch.Tensor) -> torch.Tensor:
     """(groups, G) rewards -> (groups, G): each against its group, within ±5.
 
     A dead group, one whose rewards are all equal, gets zeros.
     """
-    spread = scores.std(1, unbiased=False, keepdim=True)
-    normalised = (scores - scores.mean(1, keepdim=True)) / (spread + 1e-4)
+    deviation = scores.std(1, unbiased=False, keepdim=True)
+    normalised = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-4)
     live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)
     return torch.where(live, normalised.clamp(-5, 5), 0.0)
 
@@ -251,7 +382,8 @@ def rng(*key):
     return np.random.default_rng(key)
 
 
-EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2  # in a key, where others have the epoch
+# The second number of a key: the epoch in training, else one of these.
+EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -261,11 +393,9 @@ EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2  # in a key, where other
 class SD3:
     """Stable Diffusion 3 and 3.5 of any size, from a loaded StableDiffusion3Pipeline.
 
-    Another backbone is a class like this or like Flux, where only what differs is written, and a row of
-    MODELS. LORA_TARGETS must fit the names of its attention layers.
+    Another backbone is a class like this or like Flux, where only what differs is written, a line of BACKBONES
+    and one of PRESETS. LORA_TARGETS must fit the names of its attention layers.
     """
-
-    pipeline = "StableDiffusion3Pipeline"  # the class in its model_index.json
 
     def __init__(self, pipe, args):
         self.pipe, self.transformer = pipe, pipe.transformer.to(DEVICE)
@@ -273,9 +403,7 @@ class SD3:
         self.resting = "cpu" if args.offload else DEVICE  # where encoders, embeddings and VAE wait
         encoders = [part for name, part in pipe.components.items() if "text_encoder" in name]
         self.encoders = torch.nn.ModuleList(encoders)
-        self.patch = 2 * pipe.vae_scale_factor  # pixels to a side of what one token draws
-        height, width = command_line.fitting_resolution(args, pipe.transformer, self.patch)
-        self.shape = (pipe.vae.config.latent_channels, 2 * height // self.patch, 2 * width // self.patch)
+        self.shape = latent_shape(args)
         for module in (self.encoders, pipe.vae, self.transformer):
             module.requires_grad_(False).eval()
         self.empty = self.encode([""])[""]  # the prompt that guidance leads away from
@@ -290,32 +418,33 @@ class SD3:
 
     def embed(self, prompt):
         """Embeddings of the tokens, (1, L, E), and pooled, (1, E), of two widths E."""
-        length = min(128, self.pipe.tokenizer_3.model_max_length)  # of T5's; less in the tiny models
+        length = min(128, self.pipe.tokenizer_3.model_max_length)  # of T5's; less in small models
         tokens, _, pooled, _ = self.pipe.encode_prompt(
-            prompt, None, None, DEVICE, do_classifier_free_guidance=False, max_sequence_length=length)
+            prompt, None, None, DEVICE, do_classifier_free_guidance=False, max_sequence_length=length
+        )
         return tokens.to(self.resting), pooled.to(self.resting)
 
-    def sigmas(self, steps):
-        """steps + 1 noise levels from 1 to 0, as the model's own scheduler sets them."""
-        self.pipe.scheduler.set_timesteps(steps)
+    def sigmas(self, count):
+        """count + 1 noise levels from 1 to 0, as the model's own scheduler sets them."""
+        self.pipe.scheduler.set_timesteps(count)
         return self.pipe.scheduler.sigmas.tolist()
 
-    def velocity(self, x, sigma, texts):
-        """v with guidance: (B, C, H, W) fp32 -> fp32. texts: the embeddings of B prompts, from `encode`.
+    def velocity(self, x, sigma, embeddings):
+        """v with guidance: (B, C, H, W) fp32 -> fp32. embeddings: of B prompts, from `encode`.
 
         Sampling and training both come here with the same slices, so that the first ratio is 1: to the bit on
         a CPU, as far as rounding is the same on a GPU.
         Departure: two passes of B with guidance, where the authors make one of 2 B.
         """
-        v = self.predict(x, sigma, texts)
+        v = self.predict(x, sigma, embeddings)
         if self.guidance > 1:
             v_empty = self.predict(x, sigma, [self.empty] * len(x))
             v = v_empty + self.guidance * (v - v_empty)
         return v
 
-    def predict(self, x, sigma, texts):
+    def predict(self, x, sigma, embeddings):
         """One pass of the transformer."""
-        tokens, pooled = together(texts)
+        tokens, pooled = together(embeddings)
         timestep = torch.full((len(x),), sigma, device=x.device) * 1000
         return self.transformer(x.to(self.dtype), tokens, pooled, timestep, return_dict=False)[0].float()
 
@@ -333,158 +462,195 @@ class SD3:
 class Flux(SD3):
     """FLUX.1-dev of any size, from a loaded FluxPipeline. Guidance is an input of it, not a second pass."""
 
-    pipeline = "FluxPipeline"
-
     def embed(self, prompt):
         length = min(128, self.pipe.tokenizer_2.model_max_length)
         tokens, pooled, _ = self.pipe.encode_prompt(prompt, None, DEVICE, max_sequence_length=length)
         return tokens.to(self.resting), pooled.to(self.resting)
 
-    def sigmas(self, steps):
+    def sigmas(self, count):
         """The shift of the noise levels depends on the number of image tokens."""
         c, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
-        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        shift = c.base_shift + slope * (tokens - c.base_image_seq_len)
-        self.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)
+        shift = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        self.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count), mu=shift)
         return self.pipe.scheduler.sigmas.tolist()
 
-    def velocity(self, x, sigma, texts):
+    def velocity(self, x, sigma, embeddings):
         B, _, H, W = x.shape
-        tokens, pooled = together(texts)
+        tokens, pooled = together(embeddings)
         packed = torch.pixel_unshuffle(x.to(self.dtype), 2).flatten(2).mT  # (B, H W / 4, 4 C), 2 x 2 a token
         text_ids = torch.zeros(tokens.shape[1], 3, device=x.device)
         image_ids = self.pipe._prepare_latent_image_ids(B, H // 2, W // 2, x.device, x.dtype)
         level = torch.full((B,), sigma, device=x.device)
-        guidance = torch.full((B,), self.guidance, device=x.device)
+        has_guidance = self.transformer.config.guidance_embeds  # FLUX.1-schnell has none
+        guidance = torch.full((B,), self.guidance, device=x.device) if has_guidance else None
         v = self.transformer(
-            packed, tokens, pooled, level, image_ids, text_ids, guidance, return_dict=False)[0]
+            packed, tokens, pooled, level, image_ids, text_ids, guidance, return_dict=False
+        )[0]
         return torch.pixel_shuffle(v.mT.unflatten(2, (H // 2, W // 2)), 2).float()
 
 
-def together(texts):
-    """Embeddings of B prompts as one: (B, L, E) and (B, E)."""
-    tokens, pooled = zip(*texts, strict=True)
-    return torch.cat(tokens).to(DEVICE), torch.cat(pooled).to(DEVICE)
-
-
-# A model's folder or hub id, the class that runs it, its settings where they are not those of Args, more of
-# them by task, and what replaces these for the baseline: flow-grpo, temp-reweight and mean-revised.
-Model = namedtuple("Model", "place backbone settings by_task baseline")
-FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
-BASELINE = dict(lr=3e-4, clip=1e-4)
-MODELS = {  # a model without an alias takes the first row that has its pipeline's class
-    "sd3.5-medium": Model("stabilityai/stable-diffusion-3.5-medium", SD3, {}, BY_TASK, BASELINE),
-    "flux.1-dev": Model("black-forest-labs/FLUX.1-dev", Flux, FLUX, BY_TASK, BASELINE),
-    "tiny-sd3": Model(TINY_SD3, SD3, TINY, TINY_BY_TASK, dict(clip=1.1e-3)),
-    "tiny-flux": Model(TINY_FLUX, Flux, TINY, TINY_BY_TASK, dict(clip=1.1e-3)),
-}
+BACKBONES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
 # With its prefix, so that SD3.5's attn2 stays out. Departure for FLUX: flow_grpo's own script has others.
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
+def together(embeddings):
+    """Embeddings of B prompts as one: (B, L, E) and (B, E)."""
+    tokens, pooled = zip(*embeddings, strict=True)
+    return torch.cat(tokens).to(DEVICE), torch.cat(pooled).to(DEVICE)
+
+
 def load_backbone(args):
-    """The model with a LoRA that requires gradients, on DEVICE. Reads safetensors only. Raises BadInput."""
-    model = command_line.find_model(args.model, MODELS)
-    dtypes = {"default": getattr(torch, args.dtype), "vae": torch.float32}
-    with command_line.bad_model(args.model, MODELS):  # damaged, gated, offline, not in this diffusers
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model.place, use_safetensors=True, dtype=dtypes)
-    backbone = model.backbone(pipe, args)
-    add_lora(backbone, args)
+    """The model with a LoRA that requires gradients, on DEVICE. Reads safetensors only."""
+    pipe = load_pipeline(args)
+    backbone = BACKBONES[type(pipe).__name__](pipe, args)
+    torch.manual_seed(args.seed)  # the same LoRA on every rank
+    lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=LORA_TARGETS,
+                           init_lora_weights="gaussian")
+    backbone.transformer.add_adapter(lora)
+    cast_training_params(backbone.transformer, torch.float32)  # it learns in fp32, whatever the model is in
     if args.grad_checkpoint:
         backbone.transformer.enable_gradient_checkpointing()
     return backbone
 
 
-def add_lora(backbone, args):
-    """A new LoRA, or --init_lora's. On resume its newest checkpoint's, so that --init_lora may be gone."""
-    if args.init_lora:
-        source = max(checkpoints(args), default=args.init_lora)
-        with command_line.bad_input(f"--init_lora {source}: cannot be loaded"):
-            backbone.pipe.load_lora_weights(source, adapter_name="default", use_safetensors=True)
-        lora = backbone.transformer.peft_config["default"]
-        args.lora_rank, args.lora_alpha = lora.r, lora.lora_alpha
-    else:
-        torch.manual_seed(args.seed)
-        lora = peft.LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=LORA_TARGETS,
-                               init_lora_weights="gaussian")
-        backbone.transformer.add_adapter(lora)
-    cast_training_params(backbone.transformer, torch.float32)  # it learns in fp32, whatever the model is in
+def load_pipeline(args):
+    """The model's pipeline, its VAE in fp32. Raises BadInput unless it is whole.
+
+    Where weights or a tokenizer are missing, the libraries go on with random layers or with a stub.
+    """
+    place, loaded = MODELS.get(args.model, args.model), {}
+    parts = {name: kind for name, kind in read_index(args.model).items() if isinstance(kind, list) and kind[0]}
+    for name, (library, kind) in parts.items():
+        is_there = not Path(place).is_dir() or any((Path(place) / name).glob("*"))
+        require(is_there, f"--model {args.model}: expected a folder {name} in it")
+        if name.startswith(("transformer", "text_encoder", "vae")):
+            model_class = getattr(diffusers if library == "diffusers" else transformers, kind)
+            dtype = torch.float32 if name == "vae" else getattr(torch, args.dtype)
+            loaded[name], about = model_class.from_pretrained(
+                place, subfolder=name, use_safetensors=True, torch_dtype=dtype, output_loading_info=True)
+            missing = sorted(about["missing_keys"])
+            require(not missing, f"--model {args.model}: {name} has no weights for {missing[:1]}")
+    return diffusers.DiffusionPipeline.from_pretrained(place, **loaded)
+
+
+def read_lora(path):
+    """{name: tensor} of a LoRA of the transformer in diffusers' format, folder or file, brought to alpha = rank."""
+    path = Path(path) / "pytorch_lora_weights.safetensors" if Path(path).is_dir() else Path(path)
+    require(path.is_file(), f"--init_lora: there is no {path}")
+    with safe_open(path, "pt") as file:
+        weights = {key.removeprefix("transformer."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+        about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    for key, weight in weights.items():
+        if "lora_B" in key:
+            weights[key] = weight * about.get("transformer.lora_alpha", weight.shape[1]) / weight.shape[1]
+    return weights
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 1-2. Sample and reward
+# 1 and 2. Sample and reward
 
 # B = micro_batch samples that go through the transformer together, in training all of one group:
-#   numbers, keys   lists of B: a sample's place in the epoch, the key of its noise
-#   texts, images   lists of B: its prompt's embeddings, its image
-#   kept            a list of T tensors (3, B, C, H, W): x, v_old and eps of every trained step
-Slice = namedtuple("Slice", "numbers keys texts images kept")
+#   numbers      list of B: a sample's place in the epoch; it belongs to the group number // group_size
+#   embeddings   list of B: its prompt's
+#   images       list of B PIL images
+#   kept         list of T tensors (3, B, C, H, W): x, v_old and eps of every trained step
+#   scores       what the rewards' thread will have made of them: (rewards, B)
+Slice = namedtuple("Slice", "numbers embeddings images kept scores")
 
 
-def prompt_order(args, epoch, count):
-    """Indices of the epoch's prompts: one shuffled pass over all prompts follows another."""
-    positions = range(epoch * args.groups, (epoch + 1) * args.groups)
-    return [int(rng(args.seed, ORDER, p // count).permutation(count)[p % count]) for p in positions]
+def prompts_of_epoch(args, epoch, prompts):
+    """The epoch's prompts. One shuffled pass over all prompts follows another, across the epochs."""
+    chosen = []
+    for position in range(epoch * args.groups, (epoch + 1) * args.groups):
+        which_pass, place = divmod(position, len(prompts))
+        order = rng(args.seed, ORDER, which_pass).permutation(len(prompts))
+        chosen.append(prompts[order[place]])
+    return chosen
 
 
 def noisy_steps(args, epoch):
-    """Indices of the steps with noise, which are trained: all but the last, or the epoch's window of them."""
+    """Indices of the steps with noise, which are trained: all but the last, or the epoch's window of them.
+
+    Like Flow-GRPO-Fast's the window lies in the first half of the steps, if it is no longer than that.
+    """
     window = args.sde_window or args.steps - 1
-    start = int(rng(args.seed, WINDOW, epoch).integers(args.steps - window))
+    last_start = max(args.steps // 2 - window, 0)
+    start = int(rng(args.seed, WINDOW, epoch).integers(last_start + 1))
     return range(start, start + window)
 
 
 @torch.no_grad()
-def sample(backbone, steps, texts, keys):
+def sample(backbone, schedule, embeddings, keys, same_noise=False):
     """Integrate a slice from noise to an image.
 
-    texts: the embeddings of B prompts. keys: B, each of which gives with the step a sample's noise. Returns
-    the latents (B, C, H, W), and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
+    embeddings: of B prompts. keys: B tuples (seed, epoch, group, member), which give with the step a sample's
+    noise. same_noise: the members of a group share the noise they start from. Returns the latents, (B, C, H, W),
+    and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
     """
 
-    def draw(last):
-        """(B, C, H, W). last, the end of the keys: 0 for the noise at sigma = 1, i + 1 for step i."""
-        values = [rng(*key, last).standard_normal(backbone.shape, np.float32) for key in keys]
-        return torch.from_numpy(np.stack(values)).to(DEVICE)
+    def draw(keys):
+        values = [rng(*key).standard_normal(backbone.shape, np.float32) for key in keys]
+        return torch.from_numpy(np.stack(values)).to(DEVICE)  # (B, C, H, W)
 
-    x, kept = draw(0), []
-    for i, step in enumerate(steps):
-        v = backbone.velocity(x, step.sigma, texts)
+    # The last number of a key is 0 for the noise at sigma = 1, and i + 1 for step i.
+    x = draw([(seed, epoch, group, 0 if same_noise else member, 0) for seed, epoch, group, member in keys])
+    kept = []
+    for i, step in enumerate(schedule):
+        v = backbone.velocity(x, step.sigma, embeddings)
         x_next = step.a * x + step.b * v  # mu
         if step.s > 0:
-            eps = draw(i + 1)
+            eps = draw([(*key, i + 1) for key in keys])
             x_next += step.s * eps
             kept.append(torch.stack([x, v, eps]))
         x = x_next
+    if not x.isfinite().all():
+        raise FloatingPointError("a latent is not finite, as when float16 overflows; try --dtype bfloat16")
     return x, kept
 
 
-def rollout(backbone, args, steps, prompts, group_size, epoch, names, scorers):
-    """Sample `group_size` images of each prompt; score each slice while the next one is being sampled.
+def rollout(backbone, args, schedule, prompts, group_size, epoch, scorer, count):
+    """Sample `group_size` images of each prompt. Each slice is scored while the next one is being sampled.
 
-    prompts: (prompt, metadata). names: of the rewards. Sample i belongs to prompt i // group_size; slices of
-    `micro_batch` samples go round the ranks. The same slices and the same noise for any number of ranks make
-    the same images and scores; gradients then differ by the order of a sum. Returns this rank's slices, the
-    (names, N) scores of all ranks, and the seconds spent waiting for them after the last image.
+    prompts: (prompt, metadata). count: how many of the scorer's rewards. Returns this rank's slices.
     """
-    N = len(prompts) * group_size
-    mine = [numbers.tolist() for numbers in torch.arange(N).split(args.micro_batch)[RANK::WORLD]]
-    embeddings = backbone.encode({prompts[i // group_size][0] for numbers in mine for i in numbers})
-    slices, futures = [], []
-    for numbers in tqdm(mine, desc="sample", leave=False, disable=RANK > 0):
-        pairs = [prompts[i // group_size] for i in numbers]
-        keys = [(args.seed, epoch, i // group_size, i % group_size) for i in numbers]
-        texts = [embeddings[prompt] for prompt, _ in pairs]
-        x, kept = sample(backbone, steps, texts, keys)
+    numbers_of_slices = torch.arange(len(prompts) * group_size).split(args.micro_batch)[RANK::WORLD]
+    embeddings, slices = {}, []
+    for numbers in tqdm(numbers_of_slices, desc="sample", leave=False, disable=RANK > 0):
+        numbers = numbers.tolist()
+        pairs = [prompts[number // group_size] for number in numbers]
+        keys = [(args.seed, epoch, *divmod(number, group_size)) for number in numbers]
+        embeddings |= backbone.encode({prompt for prompt, _ in pairs} - embeddings.keys())
+        of_slice = [embeddings[prompt] for prompt, _ in pairs]
+        x, kept = sample(backbone, schedule, of_slice, keys, args.same_noise)
         images = backbone.decode(x)
-        futures.append(scorers.submit(names, images, pairs))
-        slices.append(Slice(numbers, keys, texts, images, [tensors.to(backbone.resting) for tensors in kept]))
-    started = time.perf_counter()
-    scores = torch.zeros(len(names), N, dtype=torch.float64)
-    for piece, future in zip(slices, futures, strict=True):
-        scores[:, piece.numbers] = result_of(future)
-    waited = time.perf_counter() - started
-    return slices, all_reduce(scores.to(DEVICE)).cpu(), waited  # the others' columns are 0: an exact sum
+        kept = [tensors.to(backbone.resting) for tensors in kept]
+        slices.append(Slice(numbers, of_slice, images, kept, scorer.submit(images, pairs, count)))
+    return slices
+
+
+class Scorer:
+    """Rewards on a thread of their own. It is a daemon: a reward that hangs keeps no process alive."""
+
+    def __init__(self, names):
+        self.rewards = [rewards.load(name) for name in names]
+        # CUDA's current device is each thread's own.
+        self.thread = ThreadPool(1, torch.cuda.set_device if ON_GPU else None, (DEVICE,) if ON_GPU else ())
+
+    def submit(self, images, pairs, count):
+        """Start scoring by the first `count` rewards. pairs: (prompt, metadata) of each image."""
+        prompts, metadata = [prompt for prompt, _ in pairs], [about for _, about in pairs]
+        scorers = self.rewards[:count]
+        return self.thread.apply_async(lambda: [reward(images, prompts, metadata) for reward in scorers])
+
+    def collect(self, slices, total):
+        """(rewards, total) scores of all ranks' slices. Raises what a reward raised, or TimeoutError."""
+        deadline = time.monotonic() + REWARD_DEADLINE
+        scores = torch.zeros(len(self.rewards), total, dtype=torch.float64)
+        for piece in slices:
+            found = torch.tensor(piece.scores.get(deadline - time.monotonic()), dtype=torch.float64)
+            scores[: len(found), piece.numbers] = found
+        return all_reduce(scores.to(DEVICE)).cpu()  # each score is one rank's, the others have 0: an exact sum
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -492,221 +658,118 @@ def rollout(backbone, args, steps, prompts, group_size, epoch, names, scorers):
 
 
 class Policy:
-    """What is trained: the LoRA's parameters, their moving average and the optimizer."""
+    """What is trained: the LoRA's parameters by name, their moving average, the optimizer."""
 
     def __init__(self, backbone, args):
-        lora = {name: p for name, p in backbone.transformer.named_parameters() if p.requires_grad}
-        self.names, self.params = list(lora), list(lora.values())
-        self.ema = EMAModel(self.params, decay=args.ema_decay)
-        self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-        self.loss_scale, self.skipped = 1.0, 0  # the second: updates without a finite gradient, in a row
-        for p in self.params:
+        named = backbone.transformer.named_parameters()
+        self.params = {name.replace(".default", ""): p for name, p in named if p.requires_grad}
+        if args.init_lora and not args.resume:
+            self.start_from(args)
+        self.average = {name: p.detach().clone() for name, p in self.params.items()}
+        self.optimizer = torch.optim.AdamW(self.params.values(), lr=args.lr, weight_decay=1e-4)
+        # dL/dv is about 4e-9 for SD3.5, which fp16 cannot hold: the scaler multiplies the loss, and divides the
+        # gradients. Departure: here the frozen weights are fp16, the authors' are fp32 under autocast.
+        self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
+        for p in self.params.values():
             p.grad = torch.zeros_like(p)  # also on a rank that has nothing to learn from
 
-    def step(self, divisor):
-        """One AdamW step with the sum of all ranks' gradients / divisor. Returns their norm before clipping.
+    def start_from(self, args):
+        weights = read_lora(args.init_lora)
+        odd = sorted(weights.keys() ^ self.params.keys())
+        require(not odd, f"--init_lora {args.init_lora}: expected the layers of LORA_TARGETS alone; see {odd[:1]}")
+        for name, p in self.params.items():
+            p.data.copy_(weights[name] * (args.lora_rank / args.lora_alpha if "lora_B" in name else 1))
 
-        A gradient that is not finite, as when fp16 overflows, is skipped, and the loss scale halved for good.
+    def apply_gradients(self):
+        """One AdamW step with the sum of all ranks' gradients. Returns their norm before it is clipped to 1.
+
+        In float16 an update whose gradient overflows is skipped, and the next ones are scaled by half.
         """
-        gradients = [p.grad for p in self.params]
-        total = all_reduce(parameters_to_vector(gradients))
-        vector_to_parameters(total / (divisor * self.loss_scale), gradients)
-        norm = clip_grad_norm_(self.params, 1.0)
-        self.skipped = 0 if norm.isfinite() else self.skipped + 1
-        if self.skipped == 10:
-            raise FloatingPointError("10 updates in a row without a finite gradient; try a smaller --lr")
-        if self.skipped:
-            self.loss_scale /= 2
-            say(f"skipped an update: its gradient is not finite; the loss scale is {self.loss_scale} now")
-        else:
-            self.optimizer.step()
+        gradients = [p.grad for p in self.params.values()]
+        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(self.params.values(), 1.0, error_if_nonfinite=not self.scaler.is_enabled())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
         return norm
 
-    def update_average(self, updates):
-        """Every 8 updates, with a decay of at most (1 + n) / (10 + n) after n of them: diffusers' warm-up.
+    def update_average(self, updates, decay):
+        """Every 8 updates, with a decay of at most (1 + n) / (10 + n) after n of them; 0 is no average.
 
-        Departure: the authors do so once a micro-batch. With a decay of 0 it is the live parameters.
+        Departure: by mistake the authors' code repeats this once per micro-batch, on 16 GPUs 4 times, which
+        makes 0.9 a decay of 0.66. Theirs lags about 15 updates, ours about 72.
         """
-        if updates % 8 == 0 or self.ema.decay == 0:
-            self.ema.optimization_step = updates
-            self.ema.step(self.params)
+        if updates % 8 == 0 or decay == 0:
+            decay = min(decay, (1 + updates) / (10 + updates))
+            for name, p in self.params.items():
+                self.average[name].lerp_(p.data, 1 - decay)
 
-    @contextlib.contextmanager
-    def averaged(self):
-        """The moving average stands in for the live parameters meanwhile."""
-        self.ema.store(self.params)
-        self.ema.copy_to(self.params)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.params)
+    def swap_average(self):
+        """Exchange the trained parameters and their moving average."""
+        for name, p in self.params.items():
+            p.data, self.average[name] = self.average[name], p.data
 
 
-def kl_to_base(backbone, step, x, v, texts):
-    """(B,) mean(d²) / (2 s²), d = mu - mu of the model without its LoRA: the step's KL divided by D."""
-    backbone.transformer.disable_adapters()
-    with torch.no_grad():
-        v_base = backbone.velocity(x, step.sigma, texts)
-    backbone.transformer.enable_adapters()
-    d = step.b * (v - v_base)
-    return mean(d**2) / (2 * step.s**2)
+def update(backbone, policy, args, schedule, slices, A, group_ids):
+    """One optimizer update on some of the epoch's groups. Returns what metrics.jsonl says of it.
 
-
-def slice_loss(backbone, args, step, t, piece, A):
-    """A slice at the t-th trained step: loss (B,) to be minimised, rho (B,) and KL (B,)."""
-    x, v_old, eps = piece.kept[t].to(DEVICE)  # (B, C, H, W) each
-    v_new = backbone.velocity(x, step.sigma, piece.texts)
-    rho = torch.expm1(log_ratio(v_new, v_old, eps, step.b, step.s, args.method))
-    delta = reweighting(step, args.eta, args.sde, args.method)
-    loss = -surrogate(rho, A, args.clip, delta)
-    kl = torch.zeros_like(rho)
-    if args.kl_beta:  # outside delta. Times dt it is mean(d²) / (2 g²), the authors' form, since s² = g² dt
-        kl = kl_to_base(backbone, step, x, v_new, piece.texts)
-        loss = loss + args.kl_beta * step.dt * kl
-    return loss, rho, kl
-
-
-def update(backbone, policy, args, steps, slices, advantage, groups):
-    """One optimizer update on some groups, by their numbers. Returns what metrics.jsonl says of it.
-
-    slices: this rank's of the epoch; advantage: (groups, G) of the epoch. The loss is a mean over samples, T
-    and D, which makes dL/dv about 4e-9 for SD3.5, less than fp16 can hold. So sums are back-propagated, and
-    the fp32 gradients divided in the end.
-
-    Departures: the authors scale gradients by autocast's scaler. Their epochs are shuffled and their dead
-    samples dropped; here groups stay whole in an update, and dead ones count in the mean.
+    slices: this rank's of the epoch. A: (groups, G) advantages of the epoch. The loss is a mean over samples,
+    trained steps and D. Departure: groups stay whole in an update, and dead ones count in the mean; the authors
+    shuffle an epoch's samples and drop the dead ones.
     """
-    trained, D = [step for step in steps if step.s > 0], math.prod(backbone.shape)
-    terms = len(groups) * args.group_size * len(trained)
-    values = torch.zeros(3, advantage.numel(), len(trained), dtype=torch.float64)  # loss, rho, KL
+    trained = [step for step in schedule if step.s > 0]  # T of them
+    terms = len(group_ids) * args.group_size * len(trained)
     # A dead group has no gradient but its KL's, so it takes no passes.
-    learning = [group for group in groups if args.kl_beta or advantage[group].any()]
-    mine = [piece for piece in slices if piece.numbers[0] // args.group_size in learning]
-    for piece in tqdm(mine, desc="update", leave=False, disable=RANK > 0):
-        A = advantage.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
+    learning = [group for group in group_ids if args.kl_beta or A[group].any()]
+    my_slices = [piece for piece in slices if piece.numbers[0] // args.group_size in learning]
+    values = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, rho, KL of the epoch's samples
+    for piece in tqdm(my_slices, desc="update", leave=False, disable=RANK > 0):
+        advantage = A.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
-            loss, rho, kl = slice_loss(backbone, args, step, t, piece, A)
-            (loss.sum() * D * policy.loss_scale).backward()
+            x, v_old, eps = piece.kept[t].to(DEVICE)  # (B, C, H, W) each
+            v_new = backbone.velocity(x, step.sigma, piece.embeddings)
+            # ratio - 1, since fp32 numbers near 1 are 1.2e-7 apart, and Guard's clip range is 2e-6
+            rho = torch.expm1(log_ratio(v_new, v_old, eps, step.b, step.s, args.method))  # (B,)
+            delta = reweighting(step, args.eta, args.sde, args.method)
+            clipped = rho.clamp(-args.clip, args.clip)
+            loss = -delta * torch.minimum(rho * advantage, clipped * advantage)  # (B,) Eq. 12 less a constant
+            kl = torch.zeros_like(rho)
+            if args.kl_beta:
+                with torch.no_grad():
+                    backbone.transformer.disable_adapters()
+                    v_base = backbone.velocity(x, step.sigma, piece.embeddings)
+                    backbone.transformer.enable_adapters()
+                kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
+                loss = loss + args.kl_beta * step.dt * kl  # outside delta; s² = g² dt, so mean(d²) / (2 g²)
+            policy.scaler.scale(loss.sum() / terms).backward()
             values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()
-    norm = policy.step(terms * D)
-    values = all_reduce(values.to(DEVICE)).cpu().unflatten(1, advantage.shape)  # (3, groups, G, T)
-    loss, rho, kl = values[:, groups]
-    kl = kl.mean((0, 1)) if args.kl_beta else torch.tensor(math.nan)
-    line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl, **statistics(args, rho, advantage[groups]))
-    return dict(skipped=policy.skipped > 0) | {name: for_json(value) for name, value in line.items()}
+    norm = policy.apply_gradients()
+    loss, rho, kl = all_reduce(values.to(DEVICE)).cpu().unflatten(1, A.shape)[:, group_ids]  # (groups, G, T) each
+    line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl.mean((0, 1)))
+    line |= clip_statistics(rho, A[group_ids], args.clip)
+    # JSON has no NaN: null in its place.
+    return {name: value.tolist() if value.isfinite().all() else None for name, value in line.items()}
 
 
-def statistics(args, rho, advantage):
-    """Per trained step, of the samples whose group is live: see `log`. rho (n, G, T), advantage (n, G)."""
-    live = advantage.any(1)
-    rho, A = rho[live].flatten(0, 1), advantage[live].view(-1, 1)  # (samples, T), (samples, 1)
-    high, low = rho > args.clip, rho < -args.clip
-    # PPO's min blocks these alone: beyond the range with A of the other sign a gradient passes.
+def clip_statistics(rho, A, clip):
+    """Per trained step, of the samples whose group is live: see `log`. rho (groups, G, T), A (groups, G)."""
+    live = A.any(1)
+    rho, A = rho[live].flatten(0, 1), A[live].view(-1, 1)  # (samples, T), (samples, 1)
+    high, low = rho > clip, rho < -clip
+    # PPO's minimum blocks these alone: beyond the range with A of the other sign a gradient passes.
     blocked = (high & (A > 0)) | (low & (A < 0))
     shares = dict(clip_high=high, clip_low=low, blocked=blocked)
-    means = {name: where.double().mean(0) for name, where in shares.items()}
-    deviation = (rho - rho.mean(0)).square().mean(0).sqrt()
-    return dict(live=torch.tensor(len(rho)), ratio_mean=rho.mean(0), ratio_std=deviation) | means
-
-
-def for_json(tensor):
-    """JSON has no NaN and no infinity: None in their place."""
-    return tensor.tolist() if tensor.isfinite().all() else None
+    line = dict(live=torch.tensor(len(rho)), rho_mean=rho.mean(0), rho_std=rho.std(0, correction=0))
+    return line | {name: share.double().mean(0) for name, share in shares.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The epoch and the loop
-
-
-def train_epoch(backbone, policy, args, epoch, prompts, scorers, bar):
-    """Sample, reward, advantage, update, log."""
-    started = time.perf_counter()
-    steps = schedule(backbone.sigmas(args.steps), args.eta, args.sde, noisy_steps(args, epoch))
-    chosen = [prompts[i] for i in prompt_order(args, epoch, len(prompts))]
-    slices, scores, waited = rollout(
-        backbone, args, steps, chosen, args.group_size, epoch, [args.reward], scorers)
-    sampled = time.perf_counter()
-    advantage = advantages(scores.view(args.groups, args.group_size))
-    shares = torch.arange(args.groups).view(args.updates_per_epoch, -1).tolist()  # a group is in one update
-    for place, groups in enumerate(shares):
-        # The first update is on-policy: rho is 0 there, so the clip can act in the later ones only, where rho
-        # says how far the ones before, with other images, have moved the policy. With one it never acts.
-        first, updates = place == 0, epoch * args.updates_per_epoch + place + 1
-        line = update(backbone, policy, args, steps, slices, advantage, groups)
-        policy.update_average(updates)
-        log(args, kind="update", epoch=epoch, update=updates, first=first, **line)
-        off = np.max(np.abs(line["ratio_mean"] or 0) + np.array(line["ratio_std"] or 0))
-        if first and off > args.clip / 10:  # exactly 0 on a CPU in fp32
-            say(f"warning: before any update ratio - 1 is {off:.1e}; the clip range is {args.clip:.1e}")
-        bar.set_postfix_str(f"reward {scores.mean():.3f}, clip blocks {np.mean(line['blocked'] or 0):.0%}")
-    log(args, kind="rollout", epoch=epoch, reward_mean=scores.mean().item(), images=scores.numel(),
-        reward_std=scores.std(correction=0).item(), dead_groups=(advantage == 0).all(1).sum().item(),
-        sigma=[step.sigma for step in steps if step.s > 0],
-        seconds=dict(sample=sampled - started - waited, reward=waited, train=time.perf_counter() - sampled))
-
-
-def train(args):
-    """Epochs, checkpoints and evaluations."""
-    backbone = load_backbone(args)
-    policy = Policy(backbone, args)
-    start = load_checkpoint(policy, args) if args.resume else 0
-    prompts, _ = rewards.read_set(args.prompts)
-    scorers = Scorers([args.reward, *args.gold], DEVICE, backbone.patch)
-    if RANK == 0:
-        command_line.write_config(args, DEVICE)
-    say(f"{args.method} on {args.model} ({DEVICE.type}): {sum(map(torch.numel, policy.params)):,} weights "
-        f"in the LoRA, {len(prompts)} prompts, {args.run_dir}\n{command_line.arithmetic(args)}")
-    evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # after so many epochs
-    page = Path(args.run_dir) / f"samples/{start * args.updates_per_epoch:06d}.png"
-    if start in evaluations or page.exists():  # an evaluation after the last checkpoint is done again
-        evaluate(backbone, policy, args, scorers, start * args.updates_per_epoch)
-    bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
-    for epoch in bar:
-        train_epoch(backbone, policy, args, epoch, prompts, scorers, bar)
-        done = epoch + 1
-        # Saved before it is evaluated, so that a gold score that fails costs no epoch.
-        if RANK == 0 and (done == args.epochs or done % args.save_every == 0):
-            save_checkpoint(backbone, policy, args, done)
-        if done in evaluations:
-            evaluate(backbone, policy, args, scorers, done * args.updates_per_epoch)
-
-
-@torch.no_grad()
-def evaluate(backbone, policy, args, scorers, updates):
-    """Draw held-out prompts by the ODE sampler with the averaged weights: reward, gold scores, looks, KL.
-
-    kl_to_base is the KL of the first slice's whole stochastic trajectory, divided by D: the plain sum of its
-    steps', where the loss of training weighs each by dt.
-    """
-    ode, sde = (schedule(backbone.sigmas(args.eval_steps), eta, args.sde) for eta in (0.0, args.eta))
-    names = {args.prompts: [args.reward, *rewards.LOOKS]}
-    if args.gold:  # of the same drawing if the two sets are one
-        names[args.gold_prompts] = names.get(args.gold_prompts, []) + args.gold
-    means, kl = {}, torch.zeros((), device=DEVICE)
-    with policy.averaged():
-        for path in names:
-            prompts = rewards.read_set(path)[1][: args.eval_prompts]
-            slices, scores, _ = rollout(backbone, args, ode, prompts, 1, EVALUATION, names[path], scorers)
-            means |= {(path, name): row.mean().item() for name, row in zip(names[path], scores, strict=True)}
-            if path == args.prompts and RANK == 0:
-                first = slices[0]
-                captions = [prompts[i][0] for i in first.numbers]
-                page = sheet(first.images, captions, scores[0, first.numbers].tolist())
-                page.save(f"{args.run_dir}/samples/{updates:06d}.png")
-                _, kept = sample(backbone, sde, first.texts, first.keys)
-                for step, (x, v, _) in zip(sde[:-1], kept, strict=True):
-                    kl += kl_to_base(backbone, step, x, v, first.texts).mean()
-    gold = {name: means[args.gold_prompts, name] for name in args.gold}
-    looks = {name: means[args.prompts, name] for name in rewards.LOOKS}
-    proxy, kl = means[args.prompts, args.reward], all_reduce(kl).item()
-    log(args, kind="eval", update=updates, proxy=proxy, gold=gold, looks=looks, kl_to_base=kl)
-    if RANK == 0:
-        report_evaluation(Path(args.run_dir) / "metrics.jsonl")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Many processes: every rank has its slices, and tensors are summed over ranks
+# Many processes
+#
+# Every rank samples and trains on whole slices, and what it has computed is summed over the ranks. Noise comes
+# from keys and slices are the same, so no number depends on how many ranks there are, but by the order of a sum.
+# Nothing is sent at the start: all ranks draw the same LoRA, and then take the same summed gradient.
 
 
 def all_reduce(tensor):
@@ -722,114 +785,212 @@ def say(text):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Log, save and resume
+# 5. Log, save, resume
+
+
+def claim_folder(args):
+    """Make the run's folder, or take that of a run that goes on. Returns a lock that lives with the process.
+
+    Raises BadInput for a folder that is not empty, and for a run that another process is at work on.
+    """
+    folder = Path(args.run_dir)
+    is_new = not folder.exists() or not any(folder.iterdir())
+    require(args.resume or is_new, f"--run_dir {folder}: is not empty; --resume {folder} goes on with a run")
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "metrics.jsonl", "a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"--run_dir {folder}: another process is at work on this run") from None
+    partial = folder / "config.partial"
+    partial.write_text(json.dumps(dict(args=asdict(args)), indent=2) + "\n")
+    partial.replace(folder / "config.json")
+    return lock
 
 
 def log(args, **line):
     """A line of metrics.jsonl.
 
+    start    versions, processes, device
     rollout  one epoch's sampling: reward_mean and reward_std over its `images`; dead_groups; sigma of each
-             trained step; seconds spent sampling, waiting for rewards, training
-    update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; skipped: its
-             gradient was not finite; loss; grad_norm before clipping to 1. Per trained step, noisiest first:
-             kl to the base, of all samples, if it is in the loss; of the live ones ratio_mean and ratio_std,
-             of rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
-             share whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
-    eval     of held-out prompts: proxy, the trained reward; gold; looks; kl_to_base. See `evaluate`
+             trained step; seconds spent sampling, waiting for rewards, training; memory, at most, in GiB of a GPU
+    update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; loss; grad_norm
+             before it is clipped to 1. Per trained step, noisiest first: kl to the base, of all samples, 0 unless
+             it is in the loss; of the live ones rho_mean and rho_std, of rho = ratio - 1; clip_high and clip_low,
+             shares with rho > clip and rho < -clip; blocked, the share whose gradient PPO blocks: the high ones
+             with A > 0 and the low ones with A < 0
+    eval     of held-out prompts after `update` updates: reward, gold
     """
     if RANK == 0:
         with open(Path(args.run_dir) / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def checkpoints(args):
-    """The run's whole checkpoints, oldest first."""
-    return sorted(path for path in Path(args.run_dir).glob("checkpoint-*") if not path.suffix)
+def save_checkpoint(policy, args, epochs, saved):
+    """checkpoint-000123 (updates): the averaged LoRA for diffusers, and the whole state for --resume.
 
-
-def save_checkpoint(backbone, policy, args, epochs):
-    """checkpoint-000123 (updates): the averaged LoRA for diffusers, and the whole state for --resume."""
+    saved: names of the checkpoints that this run has written and not deleted. Returns them as they are then.
+    """
     folder = Path(args.run_dir) / f"checkpoint-{epochs * args.updates_per_epoch:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with policy.averaged():
-        # Without the adapter's metadata diffusers would take alpha = rank, here half the strength.
-        weights = peft.get_peft_model_state_dict(backbone.transformer)
-        metadata = backbone.transformer.peft_config["default"].to_dict()
-        backbone.pipe.save_lora_weights(partial, weights, transformer_lora_adapter_metadata=metadata)
-    state, moments = {}, policy.optimizer.state_dict()["state"]
-    for i, name in enumerate(policy.names):
-        tensors = dict(live=policy.params[i].detach(), average=policy.ema.shadow_params[i])
-        tensors |= moments.get(i, {})  # none before the first step
-        state |= {f"{kind}.{name}": tensor.cpu().contiguous() for kind, tensor in tensors.items()}
-    save_file(state, partial / "state.safetensors")
-    (partial / "state.json").write_text(json.dumps(dict(epoch=epochs, loss_scale=policy.loss_scale)) + "\n")
+    partial.mkdir()
+    weights = {}
+    for name, p in policy.average.items():
+        # With alpha / rank in lora_B the file needs no alpha, which some readers ignore.
+        scale = args.lora_alpha / args.lora_rank if "lora_B" in name else 1
+        weights[f"transformer.{name}"] = scale * p.cpu()
+    (partial / "pytorch_lora_weights.safetensors").write_bytes(save(weights, {"format": "pt"}))
+    saved = [*saved, folder.name]
+    state = dict(epochs=epochs, saved=saved[-args.keep :], params=policy.params, average=policy.average,
+                 optimizer=policy.optimizer.state_dict(), scaler=policy.scaler.state_dict())
+    torch.save(state, partial / "state.pt")
     shutil.copy(Path(args.run_dir) / "metrics.jsonl", partial)
-    for path in partial.iterdir():
-        with open(path, "r+b") as file:
-            os.fsync(file.fileno())
     partial.replace(folder)  # a folder of this name is whole
-    for old in checkpoints(args)[: -args.keep]:
-        shutil.rmtree(old)
+    for name in saved[: -args.keep]:
+        shutil.rmtree(folder.with_name(name), ignore_errors=True)
+    return state["saved"]
 
 
+@torch.no_grad()
 def load_checkpoint(policy, args):
-    """Put the last checkpoint into the policy, and metrics.jsonl back to it. Returns the epochs done.
+    """Put the newest checkpoint into the policy, and metrics.jsonl back to it. Returns its epochs and `saved`.
 
-    Every rank reads it: on several machines --resume needs a disk that they share. Raises BadInput if it is
-    damaged, with all files as they were.
+    Every rank reads it: on several machines --resume needs a disk that they share.
     """
-    metrics = Path(args.run_dir) / "metrics.jsonl"
-    if not checkpoints(args):
-        metrics.unlink(missing_ok=True)
-        return 0
-    folder = checkpoints(args)[-1]
-    with command_line.bad_input(f"{folder}: cannot be read; remove it to go on before it"):
-        position = json.loads((folder / "state.json").read_text())
-        state, optimizer = load_file(folder / "state.safetensors"), policy.optimizer.state_dict()
-        for i, name in enumerate(policy.names):
-            policy.params[i].data.copy_(state[f"live.{name}"])
-            policy.ema.shadow_params[i].copy_(state[f"average.{name}"])
-            kinds = [kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"{kind}.{name}" in state]
-            optimizer["state"][i] = {kind: state[f"{kind}.{name}"] for kind in kinds}
-        policy.optimizer.load_state_dict(optimizer)
-        policy.loss_scale = position["loss_scale"]
+    folders = [path for path in Path(args.run_dir).iterdir() if re.fullmatch(r"checkpoint-\d{6}", path.name)]
+    state = dict(epochs=0, saved=[])
+    if folders:
+        newest = max(folders, key=lambda path: path.name)
+        state = torch.load(newest / "state.pt", map_location=DEVICE, weights_only=True)
+        for name, p in policy.params.items():
+            p.copy_(state["params"][name])
+        policy.average = state["average"]
+        policy.optimizer.load_state_dict(state["optimizer"])
+        policy.optimizer.param_groups[0]["lr"] = args.lr  # the command line may have another
+        policy.scaler.load_state_dict(state["scaler"])
         if RANK == 0:
-            shutil.copy(folder / "metrics.jsonl", metrics)
-    return position["epoch"]
+            shutil.copy(newest / "metrics.jsonl", args.run_dir)
+    is_same = all_reduce(torch.tensor(state["epochs"], device=DEVICE)) == WORLD * state["epochs"]
+    require(is_same, f"--resume {args.run_dir}: the processes see other checkpoints; they need a shared disk")
+    return state["epochs"], state["saved"]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command
+# 6. Evaluate
 
 
-def parse_args(argv=None):
-    """The command line as Args. What is not given is the resumed run's or the preset's. Raises BadInput."""
-    return command_line.parse(argv, Args, MODELS)
+@torch.no_grad()
+def evaluate(backbone, policy, args, scorer, updates):
+    """Draw held-out prompts by the ODE sampler with the averaged weights: the reward, and gold scores."""
+    prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[1])[: args.eval_prompts]
+    schedule = make_schedule(backbone.sigmas(args.eval_steps), 0.0, args.sde)
+    policy.swap_average()
+    slices = rollout(backbone, args, schedule, prompts, 1, EVALUATION, scorer, 1 + len(args.gold))
+    policy.swap_average()
+    scores = scorer.collect(slices, len(prompts))  # (rewards, prompts)
+    names = ["reward", *(name.split(":")[-1] for name in args.gold)]
+    means = dict(zip(names, scores.mean(1).tolist(), strict=True))
+    say(f"update {updates}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+    log(args, kind="eval", update=updates, reward=means.pop("reward"), gold=means)
+    if RANK == 0:
+        save_sheet(args, updates, slices[0].images, [prompts[number][0] for number in slices[0].numbers], scores[0])
+
+
+def save_sheet(args, updates, images, prompts, scores):
+    """samples/000020.png, some images of an evaluation, and beside it their prompts and rewards."""
+    columns = math.gcd(len(images), 4)
+    enlarged = [image.resize((256, 256 * image.height // image.width)) for image in images]
+    page = diffusers.utils.make_image_grid(enlarged, len(images) // columns, columns)
+    path = Path(args.run_dir) / f"samples/{updates:06d}.png"
+    page.save(path)
+    lines = [f"{score:.3f}  {prompt}\n" for prompt, score in zip(prompts, scores, strict=False)]
+    path.with_suffix(".txt").write_text("".join(lines))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(args):
+    """Epochs, checkpoints and evaluations. Raises what a reward raises, and BadInput for a model not whole."""
+    backbone = load_backbone(args)
+    policy = Policy(backbone, args)
+    start, saved = load_checkpoint(policy, args) if args.resume else (0, [])
+    scorer = Scorer([args.reward, *args.gold])
+    prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[0])
+    evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # after so many epochs
+    if start in evaluations:
+        evaluate(backbone, policy, args, scorer, start * args.updates_per_epoch)
+    bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
+    for epoch in bar:
+        # 1. Sample: G images per prompt, slice by slice.
+        times = [time.perf_counter()]
+        schedule = make_schedule(backbone.sigmas(args.steps), args.eta, args.sde, noisy_steps(args, epoch))
+        chosen = prompts_of_epoch(args, epoch, prompts)
+        slices = rollout(backbone, args, schedule, chosen, args.group_size, epoch, scorer, count=1)
+        times.append(time.perf_counter())
+        # 2. Reward: wait for what the thread has not scored yet.
+        scores = scorer.collect(slices, args.groups * args.group_size)[0].view(args.groups, args.group_size)
+        times.append(time.perf_counter())
+        # 3. Advantage: each image against its group.
+        A = advantages(scores)  # (groups, G)
+        # 4. Update: each on groups of its own, so in the second rho says how far the first has moved the policy.
+        for k, group_ids in enumerate(torch.arange(args.groups).view(args.updates_per_epoch, -1).tolist()):
+            updates = epoch * args.updates_per_epoch + k + 1
+            line = update(backbone, policy, args, schedule, slices, A, group_ids)
+            policy.update_average(updates, args.ema_decay)
+            log(args, kind="update", epoch=epoch, update=updates, first=k == 0, **line)
+        times.append(time.perf_counter())
+        # 5. Save, before the evaluation, so that a gold score that fails costs no epoch.
+        log_rollout(args, epoch, scores, schedule, times)
+        bar.set_postfix_str(f"reward {scores.mean():.3f}")
+        if RANK == 0 and (epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0):
+            saved = save_checkpoint(policy, args, epoch + 1, saved)
+        # 6. Evaluate on held-out prompts.
+        if epoch + 1 in evaluations:
+            evaluate(backbone, policy, args, scorer, updates)
+
+
+def log_rollout(args, epoch, scores, schedule, times):
+    sigma = [step.sigma for step in schedule if step.s > 0]
+    dead = (scores.amax(1) == scores.amin(1)).sum().item()
+    seconds = dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True))
+    memory = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
+    log(args, kind="rollout", epoch=epoch, images=scores.numel(), reward_mean=scores.mean().item(),
+        reward_std=scores.std(correction=0).item(), dead_groups=dead, sigma=sigma, seconds=seconds, memory=memory)
 
 
 def main():
-    """Exit code 0; 2 for bad input; 1 where the work was not done, and a line that says why."""
+    """Exit code 0; 2 and one line for bad input; 1 and a traceback for anything else, at once on every rank."""
     try:
         args = parse_args()
+        D = math.prod(latent_shape(args))
+        say(f"{args.method} on {args.model} ({DEVICE}): lr {args.lr:g}, clip {args.clip:.3g} at D = {D:,}, "
+            f"{args.groups} prompts x {args.group_size} images an epoch, {args.run_dir}")
         if args.dry_run:
-            say(json.dumps(asdict(args), indent=2) + "\n" + command_line.arithmetic(args))
-            return
+            return say(json.dumps(asdict(args), indent=2))
+        lock = claim_folder(args) if RANK == 0 else None  # noqa: F841
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls, the LoRA's; rho is elementwise
         if WORLD > 1:
-            backend, device = ("nccl", DEVICE) if ON_GPU else ("gloo", None)
-            # Longer than a reward may take, so that its own error is the one that is read.
-            dist.init_process_group(backend, timeout=2 * TIMEOUT, device_id=device)
-            dist.barrier()  # every rank has seen that the run's folder is free, before rank 0 writes there
+            dist.init_process_group("nccl" if ON_GPU else "gloo")
+        versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, peft)}
+        log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
         train(args)
-    except rewards.BadInput as error:
-        command_line.leave(2, error)
-    except (rewards.RewardError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        command_line.leave(1, f"{type(error).__name__}: {error}; checkpoints are whole, go on with --resume")
+    except BadInput as error:
+        print(f"guard.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            print("out of memory: try --grad_checkpoint, --offload or a smaller --micro_batch", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for a reward that hangs, or for the other ranks
     if WORLD > 1:
         dist.destroy_process_group()
+    return None
 
 
 if __name__ == "__main__":

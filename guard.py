@@ -18,7 +18,8 @@ One epoch, as in the loop of `train`:
     1. sample      per prompt, G images with the SDE sampler; keep x, v and eps of every trained step
     2. reward      score the images, on a thread, while the next ones are being sampled
     3. advantage   A = (reward - mean of its group) / (standard deviation of its group)
-    4. update      twice, on half of the groups each: the model again on the kept x; ratio; clip; delta; backward
+    4. update      twice, on half of the groups each: run the model again on the kept x; ratio; clip; delta;
+                   backward; one AdamW step
     5. save        a line in metrics.jsonl, a checkpoint
     6. evaluate    now and then: held-out prompts by the ODE sampler, the reward, gold scores only watched
 
@@ -41,10 +42,10 @@ Symbols, the same in all of the file. "mean" in the maths is always over the D d
     a, b    mu = a x + b v and x_next = mu + s eps,            rho     ratio - 1 = expm1(log_ratio)
             for every sampler
 
-Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA's gradients does), other
-rewards than those of rewards.py, and more than one reward at a time. Where this code departs from the paper or
-from the authors' code a comment says "Departure"; README.md lists them in one table. Equations are numbered as
-in notes on version 2 of the paper, which were not checked against the PDF.
+Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA's gradients does), more
+than one reward at a time. Where this code departs from the paper or from the authors' code a comment says
+"Departure"; README.md lists them in one table. Equations are numbered as in notes on version 2 of the paper,
+which were not checked against the PDF.
 
     torchrun --nproc_per_node=8 guard.py --task ocr                       # SD3.5-M on 8 GPUs
     torchrun --nproc_per_node=8 guard.py --task ocr --model flux.1-dev
@@ -56,7 +57,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -75,7 +75,6 @@ import torch.distributed as dist
 import transformers
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import cast_training_params
-from safetensors import safe_open
 from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -104,7 +103,7 @@ class Args:
 
     task: str = flag("ocr", "what to learn", choices=["ocr", "geneval", "pickscore"])
     reward: str = flag(None, "name in rewards.py or module:function; the task's own unless given")
-    gold: list[str] = field(default_factory=list, metadata={"help": "rewards watched, never trained on; or none"})
+    gold: list[str] = field(default_factory=list, metadata={"help": "rewards only watched, or none"})
     prompts: str = flag(None, "file, or folder in Flow-GRPO's layout; the task's own unless given")
     model: str = flag("sd3.5-medium", "sd3.5-medium, flux.1-dev, a folder or a hub id")
     method: str = flag("guard", "log-ratio and weight of the steps", choices=METHODS)
@@ -123,7 +122,7 @@ class Args:
     micro_batch: int = flag(8, "images in one pass of the transformer; divides group_size")
     epochs: int = flag(240, "epochs in all; 0 evaluates and ends")
     lr: float = flag(1e-4, "learning rate")
-    clip: float | None = flag(None, "clip range of rho = ratio - 1; the paper's times 65,536 / D unless given")
+    clip: float | None = flag(None, "clip range of ratio - 1; the paper's times 65,536 / D unless given")
     kl_beta: float = flag(0.0, "weight of the KL to the model without its LoRA")
     lora_rank: int = flag(32, "rank of the LoRA")
     lora_alpha: int = flag(64, "alpha of the LoRA")
@@ -146,8 +145,8 @@ MODELS = {
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
 }
-# What differs from Args, by the class of the pipeline: for all runs, then by task, by method, by sampler; a later
-# row wins. `clip` is at D = 65,536. A model's folder may hold such a table of its own, guard.json, which wins.
+# What differs from Args, by the class of the pipeline: for all runs, then by task, by method, by sampler. A
+# later row wins. `clip` is at D = 65,536. A model's folder may hold such a table too, guard.json, which wins.
 SD3_PRESET = {
     "all": dict(clip=2e-6),
     "geneval": dict(epochs=930),
@@ -156,8 +155,8 @@ SD3_PRESET = {
     "dance": dict(eta=0.3, same_noise=True),
 }
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
-FLUX_PRESET = SD3_PRESET | {"all": dict(FLUX, clip=2e-6), "ocr": dict(epochs=270), "geneval": dict(epochs=630)}
-PRESETS = {"StableDiffusion3Pipeline": SD3_PRESET, "FluxPipeline": FLUX_PRESET}
+FLUX_ROWS = {"all": dict(FLUX, clip=2e-6), "ocr": dict(epochs=270), "geneval": dict(epochs=630)}
+PRESETS = {"StableDiffusion3Pipeline": SD3_PRESET, "FluxPipeline": SD3_PRESET | FLUX_ROWS}
 # The smallest value of a number; 1 for all others.
 LEAST = dict(steps=2, group_size=2, eta=1e-3, lr=0, clip=0, kl_beta=0, ema_decay=0, seed=0, epochs=0)
 
@@ -172,33 +171,29 @@ def parse_args(argv=None):
     parser = transformers.HfArgumentParser(Args, prog="guard.py", allow_abbrev=False)
     parser.error = lambda message: require(False, message)
     given = parser.parse_args(argv)
-    parser.set_defaults(**(settings_of_run(given.resume) if given.resume else preset(given)))
+    if given.resume:
+        config = Path(given.resume) / "config.json"
+        require(config.is_file(), f"--resume {given.resume}: expected a run's folder, with config.json")
+        parser.set_defaults(**json.loads(config.read_text()))
+    else:
+        parser.set_defaults(**preset(given))
     args = Args(**vars(parser.parse_args(argv)))
     args.gold = [name for name in args.gold if name != "none"]
     args.run_dir = args.resume or args.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")
     check(args)
     if given.clip is None and not args.resume:
         args.clip *= 65536 / math.prod(latent_shape(args))
-    if args.init_lora and not args.resume:
-        args.lora_rank = min(min(weight.shape) for weight in read_lora(args.init_lora).values())
     return args
-
-
-def settings_of_run(folder):
-    """The settings of a run, from its config.json."""
-    path = Path(folder) / "config.json"
-    require(path.is_file(), f"--resume {folder}: expected the folder of a run, which has a config.json")
-    return json.loads(path.read_text())["args"] | dict(dry_run=False)
 
 
 def preset(given):
     """Settings by model, task, method and sampler."""
     own = Path(given.model) / "guard.json"
-    tables = PRESETS[read_index(given.model)["_class_name"]], json.loads(own.read_text()) if own.exists() else {}
-    is_baseline = given.method not in ("rationorm", "guard")
+    own = json.loads(own.read_text()) if own.exists() else {}
+    family = "guard" if given.method in ("rationorm", "guard") else "baseline"
     settings = dict(prompts=f"prompts/{given.task}", reward=given.task)
-    for table in tables:
-        for row in ("all", given.task, "baseline" if is_baseline else "guard", given.sde):
+    for table in (PRESETS[read_index(given.model)["_class_name"]], own):
+        for row in ("all", given.task, family, given.sde):
             settings |= table.get(row, {})
     if given.prompts:
         settings.pop("gold", None)  # a model's gold is for its own prompts
@@ -206,18 +201,16 @@ def preset(given):
 
 
 def read_index(name):
-    """The model_index.json of a model. Raises BadInput if it cannot be had, or if guard.py has no backbone for it."""
-    place = MODELS.get(name, name)
+    """The model_index.json of a model: its pipeline's parts. Raises BadInput if guard.py cannot train it."""
     try:
-        index = diffusers.DiffusionPipeline.load_config(place)
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(place, subfolder="scheduler")
+        index = diffusers.DiffusionPipeline.load_config(MODELS.get(name, name))
     except (OSError, ValueError) as error:
-        how = "if gated, accept its licence on the hub and run `hf auth login`; --model tiny/sd3 runs on a CPU"
+        how = "if gated, accept its licence and run `hf auth login`; --model tiny/sd3 runs on a CPU"
         raise BadInput(f"--model {name}: {' '.join(str(error).split())[:200]}; {how}") from None
-    kind, shifts = index["_class_name"], scheduler.get("use_dynamic_shifting")
+    kind, scheduler = index["_class_name"], index["scheduler"][1]
     require(kind in PRESETS, f"--model {name}: is a {kind}; expected {' or '.join(PRESETS)}")
-    fits = index["scheduler"][1] == "FlowMatchEulerDiscreteScheduler" and (kind == "FluxPipeline" or not shifts)
-    require(fits, f"--model {name}: expected FlowMatchEulerDiscreteScheduler, for SD3 without dynamic shifting")
+    is_euler = scheduler == "FlowMatchEulerDiscreteScheduler"
+    require(is_euler, f"--model {name}: has a {scheduler}; expected FlowMatchEulerDiscreteScheduler")
     return index
 
 
@@ -240,6 +233,7 @@ def check(args):
     require(window < args.steps, f"--sde_window {window}: expected at most {args.steps - 1}")
     for name in ("height", "width"):
         require(getattr(args, name) % 16 == 0, f"--{name} {getattr(args, name)}: expected a multiple of 16")
+    require(not args.init_lora or Path(args.init_lora).exists(), f"--init_lora: there is no {args.init_lora}")
     training_set, held_out = rewards.prompt_files(args.prompts)
     rewards.read_prompts(training_set, [args.reward])
     rewards.read_prompts(held_out, [args.reward, *args.gold])
@@ -257,8 +251,8 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, kind: str) -> 
     and at sigma_next = 0, each is the Euler step of diffusers' FlowMatchEulerDiscreteScheduler: (1, -dt, 0).
     With noise, raises ValueError for another kind.
 
-    Departure: so the last step has no noise and is not trained. Flow-GRPO's pipelines add noise there too, and
-    decode it; DanceGRPO, like us, does not.
+    Departure: so the last step has no noise and is not trained. Flow-GRPO's pipelines add noise there too,
+    and decode it; DanceGRPO, like us, does not.
     """
     dt = sigma - sigma_next
     if eta == 0 or sigma_next == 0:
@@ -310,17 +304,17 @@ def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
 def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tensor:
     """Log of the importance ratio of a step by one of METHODS; v_new, v_old, eps: (B, ...) -> (B,).
 
-    1. Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), and x_next = mu_old + s eps. Written
-       out it is mean(d eps) / s - mean(d²) / (2 s²): a noise term and a shift.
+    1. Eq. 7 is log_prob(x_next, mu_new, s) - log_prob(x_next, mu_old, s), with x_next = mu_old + s eps.
+       Written out it is mean(d eps) / s - mean(d²) / (2 s²): a noise term and a shift.
     2. Let KL = sum(d²) / (2 s²), the step's, summed over D, in nats. The noise term has mean 0 and standard
        deviation sqrt(2 KL) / D. The shift is -KL / D.
-    3. So the ratio's centre lies sqrt(KL/2) of its own standard deviations below 1: the left shift. That holds
-       for a sum over D as for a mean. It is small below 1 nat, and large beyond.
-    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. Once the standard deviation is as
-       large as that range, the centre lies 3.3 standard deviations below 1. So either nothing is clipped, or
-       nearly only the low side.
-    5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation goes as |b| over the steps, 8-fold
-       on SD3.5, where that of Eq. 7 goes as |b| / s, 26-fold: one clip range comes closer to fitting all steps.
+    3. So the ratio's centre lies sqrt(KL/2) of its own standard deviations below 1: the left shift. It does
+       so for a sum over D as for a mean. It is small below 1 nat, and large beyond.
+    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. Once the standard deviation is
+       as large as that range, the centre lies 3.3 of them below 1. So either nothing is clipped, or nearly
+       only the low side.
+    5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation goes as |b| over the steps,
+       8-fold on SD3.5; that of Eq. 7 goes as |b| / s, 26-fold. One clip range comes closer to fitting all.
     6. Guard's clip range, 2e-6, is 0.131 / s nats, 0.2 to 0.6: the size that PPO usually has. To keep that at
        another D, the range goes as 1/D.
 
@@ -343,14 +337,13 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
     1. The gradient of Eq. 8 with respect to v_new is b eps / D: a step counts in proportion to |b|.
-    2. For `flow` |b| = (1 + eta²/2) dt, but dt at the first step. Divided by dt it is alike at all the others.
+    2. For `flow` |b| = (1 + eta²/2) dt, but dt at the first step. Divided by dt it is alike at all others.
     3. For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
-       scale that of `flow`. Departure: TeleBoost's notes have (1 + eta² (1 - sigma) / (2 sigma)) / dt for
-       DanceGRPO, which is |b| / dt².
+       scale that of `flow`. Departure: TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt for DanceGRPO.
 
-    Why it should help. At a step with little noise the reward says little about that noise: E[A eps] = s times
-    the gradient of the expected advantage (Stein's identity), while eps has size 1 at every step. If step i
-    enters with the weight w_i and these gradients are alike, the signal-to-noise ratio of the sum is
+    Why it should help. At a step with little noise the reward says little about that noise: E[A eps] is s
+    times the gradient of the expected advantage (Stein's identity), while eps has size 1 at every step. Let
+    each step enter with a weight w, and let these gradients be alike. Then the sum's signal-to-noise ratio is
     sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with `flow` that is 0.66 for Flow-GRPO
     (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant), and 1.43 at best (w = s).
     """
@@ -393,8 +386,8 @@ EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2
 class SD3:
     """Stable Diffusion 3 and 3.5 of any size, from a loaded StableDiffusion3Pipeline.
 
-    Another backbone is a class like this or like Flux, where only what differs is written, a line of BACKBONES
-    and one of PRESETS. LORA_TARGETS must fit the names of its attention layers.
+    Another backbone is a class like this or like Flux, where only what differs is written, an entry of
+    BACKBONES and one of PRESETS. LORA_TARGETS must fit the names of its attention layers.
     """
 
     def __init__(self, pipe, args):
@@ -424,9 +417,12 @@ class SD3:
         )
         return tokens.to(self.resting), pooled.to(self.resting)
 
-    def sigmas(self, count):
-        """count + 1 noise levels from 1 to 0, as the model's own scheduler sets them."""
-        self.pipe.scheduler.set_timesteps(count)
+    def sigmas(self, count, spacing=None):
+        """count + 1 noise levels from 1 to 0, as the model's scheduler sets them, of `spacing` if given."""
+        c, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
+        # Some schedulers shift the levels by the number of image tokens; the others leave mu aside.
+        mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        self.pipe.scheduler.set_timesteps(count, sigmas=spacing, mu=mu)
         return self.pipe.scheduler.sigmas.tolist()
 
     def velocity(self, x, sigma, embeddings):
@@ -468,11 +464,7 @@ class Flux(SD3):
         return tokens.to(self.resting), pooled.to(self.resting)
 
     def sigmas(self, count):
-        """The shift of the noise levels depends on the number of image tokens."""
-        c, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
-        shift = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
-        self.pipe.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count), mu=shift)
-        return self.pipe.scheduler.sigmas.tolist()
+        return super().sigmas(count, np.linspace(1, 1 / count, count))
 
     def velocity(self, x, sigma, embeddings):
         B, _, H, W = x.shape
@@ -494,6 +486,8 @@ BACKBONES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
+
+
 def together(embeddings):
     """Embeddings of B prompts as one: (B, L, E) and (B, E)."""
     tokens, pooled = zip(*embeddings, strict=True)
@@ -509,9 +503,25 @@ def load_backbone(args):
                            init_lora_weights="gaussian")
     backbone.transformer.add_adapter(lora)
     cast_training_params(backbone.transformer, torch.float32)  # it learns in fp32, whatever the model is in
+    if args.init_lora and not args.resume:
+        load_lora(backbone, args)
     if args.grad_checkpoint:
         backbone.transformer.enable_gradient_checkpointing()
     return backbone
+
+
+def load_lora(backbone, args):
+    """Start from the LoRA in --init_lora, at its own strength. Raises BadInput for other layers or ranks."""
+    weights, about = backbone.pipe.lora_state_dict(
+        args.init_lora, use_safetensors=True, return_lora_metadata=True)
+    weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    own = peft.get_peft_model_state_dict(backbone.transformer)
+    shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (own, weights)]
+    wanted = f"the layers of LORA_TARGETS alone, of rank {args.lora_rank}, as diffusers saves them"
+    require(shapes[0] == shapes[1], f"--init_lora {args.init_lora}: expected {wanted}")
+    strength = (about or {}).get("transformer.lora_alpha", args.lora_rank) / args.lora_alpha
+    scaled = {name: weight * strength if "lora_B" in name else weight for name, weight in weights.items()}
+    peft.set_peft_model_state_dict(backbone.transformer, scaled)
 
 
 def load_pipeline(args):
@@ -520,10 +530,11 @@ def load_pipeline(args):
     Where weights or a tokenizer are missing, the libraries go on with random layers or with a stub.
     """
     place, loaded = MODELS.get(args.model, args.model), {}
-    parts = {name: kind for name, kind in read_index(args.model).items() if isinstance(kind, list) and kind[0]}
+    index = read_index(args.model)
+    parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0]}
     for name, (library, kind) in parts.items():
         is_there = not Path(place).is_dir() or any((Path(place) / name).glob("*"))
-        require(is_there, f"--model {args.model}: expected a folder {name} in it")
+        require(is_there, f"--model {args.model}: has no {name}")
         if name.startswith(("transformer", "text_encoder", "vae")):
             model_class = getattr(diffusers if library == "diffusers" else transformers, kind)
             dtype = torch.float32 if name == "vae" else getattr(torch, args.dtype)
@@ -532,19 +543,6 @@ def load_pipeline(args):
             missing = sorted(about["missing_keys"])
             require(not missing, f"--model {args.model}: {name} has no weights for {missing[:1]}")
     return diffusers.DiffusionPipeline.from_pretrained(place, **loaded)
-
-
-def read_lora(path):
-    """{name: tensor} of a LoRA of the transformer in diffusers' format, folder or file, brought to alpha = rank."""
-    path = Path(path) / "pytorch_lora_weights.safetensors" if Path(path).is_dir() else Path(path)
-    require(path.is_file(), f"--init_lora: there is no {path}")
-    with safe_open(path, "pt") as file:
-        weights = {key.removeprefix("transformer."): file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
-        about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    for key, weight in weights.items():
-        if "lora_B" in key:
-            weights[key] = weight * about.get("transformer.lora_alpha", weight.shape[1]) / weight.shape[1]
-    return weights
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -575,8 +573,7 @@ def noisy_steps(args, epoch):
     Like Flow-GRPO-Fast's the window lies in the first half of the steps, if it is no longer than that.
     """
     window = args.sde_window or args.steps - 1
-    last_start = max(args.steps // 2 - window, 0)
-    start = int(rng(args.seed, WINDOW, epoch).integers(last_start + 1))
+    start = int(rng(args.seed, WINDOW, epoch).integers(max(args.steps // 2 - window, 0) + 1))
     return range(start, start + window)
 
 
@@ -585,8 +582,8 @@ def sample(backbone, schedule, embeddings, keys, same_noise=False):
     """Integrate a slice from noise to an image.
 
     embeddings: of B prompts. keys: B tuples (seed, epoch, group, member), which give with the step a sample's
-    noise. same_noise: the members of a group share the noise they start from. Returns the latents, (B, C, H, W),
-    and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
+    noise. same_noise: the members of a group share the noise they start from. Returns the latents,
+    (B, C, H, W), and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
     """
 
     def draw(keys):
@@ -650,7 +647,7 @@ class Scorer:
         for piece in slices:
             found = torch.tensor(piece.scores.get(deadline - time.monotonic()), dtype=torch.float64)
             scores[: len(found), piece.numbers] = found
-        return all_reduce(scores.to(DEVICE)).cpu()  # each score is one rank's, the others have 0: an exact sum
+        return all_reduce(scores.to(DEVICE)).cpu()  # all but one rank have 0 for a sample: an exact sum
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -658,37 +655,27 @@ class Scorer:
 
 
 class Policy:
-    """What is trained: the LoRA's parameters by name, their moving average, the optimizer."""
+    """What is trained: the LoRA's parameters, their moving average as one flat vector, the optimizer."""
 
     def __init__(self, backbone, args):
-        named = backbone.transformer.named_parameters()
-        self.params = {name.replace(".default", ""): p for name, p in named if p.requires_grad}
-        if args.init_lora and not args.resume:
-            self.start_from(args)
-        self.average = {name: p.detach().clone() for name, p in self.params.items()}
-        self.optimizer = torch.optim.AdamW(self.params.values(), lr=args.lr, weight_decay=1e-4)
-        # dL/dv is about 4e-9 for SD3.5, which fp16 cannot hold: the scaler multiplies the loss, and divides the
-        # gradients. Departure: here the frozen weights are fp16, the authors' are fp32 under autocast.
+        self.params = [p for p in backbone.transformer.parameters() if p.requires_grad]
+        self.average = parameters_to_vector(self.params).detach()
+        self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
+        # dL/dv is about 4e-9 for SD3.5, which fp16 cannot hold: the scaler multiplies the loss by as much as
+        # it can, and divides the gradients. Departure: the authors' frozen weights are fp32, under autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
-        for p in self.params.values():
+        for p in self.params:
             p.grad = torch.zeros_like(p)  # also on a rank that has nothing to learn from
-
-    def start_from(self, args):
-        weights = read_lora(args.init_lora)
-        odd = sorted(weights.keys() ^ self.params.keys())
-        require(not odd, f"--init_lora {args.init_lora}: expected the layers of LORA_TARGETS alone; see {odd[:1]}")
-        for name, p in self.params.items():
-            p.data.copy_(weights[name] * (args.lora_rank / args.lora_alpha if "lora_B" in name else 1))
 
     def apply_gradients(self):
         """One AdamW step with the sum of all ranks' gradients. Returns their norm before it is clipped to 1.
 
         In float16 an update whose gradient overflows is skipped, and the next ones are scaled by half.
         """
-        gradients = [p.grad for p in self.params.values()]
+        gradients = [p.grad for p in self.params]
         vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
         self.scaler.unscale_(self.optimizer)
-        norm = clip_grad_norm_(self.params.values(), 1.0, error_if_nonfinite=not self.scaler.is_enabled())
+        norm = clip_grad_norm_(self.params, 1.0, error_if_nonfinite=not self.scaler.is_enabled())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
@@ -702,28 +689,28 @@ class Policy:
         """
         if updates % 8 == 0 or decay == 0:
             decay = min(decay, (1 + updates) / (10 + updates))
-            for name, p in self.params.items():
-                self.average[name].lerp_(p.data, 1 - decay)
+            self.average.lerp_(parameters_to_vector(self.params).detach(), 1 - decay)
 
     def swap_average(self):
         """Exchange the trained parameters and their moving average."""
-        for name, p in self.params.items():
-            p.data, self.average[name] = self.average[name], p.data
+        trained = parameters_to_vector(self.params).detach()
+        vector_to_parameters(self.average, self.params)
+        self.average = trained
 
 
 def update(backbone, policy, args, schedule, slices, A, group_ids):
     """One optimizer update on some of the epoch's groups. Returns what metrics.jsonl says of it.
 
     slices: this rank's of the epoch. A: (groups, G) advantages of the epoch. The loss is a mean over samples,
-    trained steps and D. Departure: groups stay whole in an update, and dead ones count in the mean; the authors
-    shuffle an epoch's samples and drop the dead ones.
+    trained steps and D. Departure: groups stay whole in an update, and dead ones count in the mean; the
+    authors shuffle an epoch's samples and drop the dead ones.
     """
     trained = [step for step in schedule if step.s > 0]  # T of them
     terms = len(group_ids) * args.group_size * len(trained)
     # A dead group has no gradient but its KL's, so it takes no passes.
     learning = [group for group in group_ids if args.kl_beta or A[group].any()]
     my_slices = [piece for piece in slices if piece.numbers[0] // args.group_size in learning]
-    values = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, rho, KL of the epoch's samples
+    values = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, rho and KL of all samples
     for piece in tqdm(my_slices, desc="update", leave=False, disable=RANK > 0):
         advantage = A.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
@@ -741,11 +728,13 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
                     v_base = backbone.velocity(x, step.sigma, piece.embeddings)
                     backbone.transformer.enable_adapters()
                 kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
-                loss = loss + args.kl_beta * step.dt * kl  # outside delta; s² = g² dt, so mean(d²) / (2 g²)
+                # Outside delta. Since s² = g² dt, this is the authors' mean(d²) / (2 g²).
+                loss = loss + args.kl_beta * step.dt * kl
             policy.scaler.scale(loss.sum() / terms).backward()
             values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()
     norm = policy.apply_gradients()
-    loss, rho, kl = all_reduce(values.to(DEVICE)).cpu().unflatten(1, A.shape)[:, group_ids]  # (groups, G, T) each
+    values = all_reduce(values.to(DEVICE)).cpu().unflatten(1, A.shape)  # (3, groups, G, T)
+    loss, rho, kl = values[:, group_ids]
     line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl.mean((0, 1)))
     line |= clip_statistics(rho, A[group_ids], args.clip)
     # JSON has no NaN: null in its place.
@@ -767,9 +756,9 @@ def clip_statistics(rho, A, clip):
 # ------------------------------------------------------------------------------------------------------------
 # Many processes
 #
-# Every rank samples and trains on whole slices, and what it has computed is summed over the ranks. Noise comes
-# from keys and slices are the same, so no number depends on how many ranks there are, but by the order of a sum.
-# Nothing is sent at the start: all ranks draw the same LoRA, and then take the same summed gradient.
+# Every rank samples and trains on whole slices, and what it has computed is summed over the ranks. Noise
+# comes from keys, and slices are the same. So no number depends on how many ranks there are, but by the order
+# of a sum. Nothing is sent at the start: all ranks draw the same LoRA, and take the same summed gradients.
 
 
 def all_reduce(tensor):
@@ -797,14 +786,13 @@ def claim_folder(args):
     is_new = not folder.exists() or not any(folder.iterdir())
     require(args.resume or is_new, f"--run_dir {folder}: is not empty; --resume {folder} goes on with a run")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "metrics.jsonl", "a")
+    lock = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BadInput(f"--run_dir {folder}: another process is at work on this run") from None
-    partial = folder / "config.partial"
-    partial.write_text(json.dumps(dict(args=asdict(args)), indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    (folder / "config.partial").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    (folder / "config.partial").replace(folder / "config.json")
     return lock
 
 
@@ -813,12 +801,13 @@ def log(args, **line):
 
     start    versions, processes, device
     rollout  one epoch's sampling: reward_mean and reward_std over its `images`; dead_groups; sigma of each
-             trained step; seconds spent sampling, waiting for rewards, training; memory, at most, in GiB of a GPU
+             trained step; seconds spent sampling, waiting for rewards, training; memory, the most so far, in
+             GiB of a GPU
     update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; loss; grad_norm
-             before it is clipped to 1. Per trained step, noisiest first: kl to the base, of all samples, 0 unless
-             it is in the loss; of the live ones rho_mean and rho_std, of rho = ratio - 1; clip_high and clip_low,
-             shares with rho > clip and rho < -clip; blocked, the share whose gradient PPO blocks: the high ones
-             with A > 0 and the low ones with A < 0
+             before it is clipped to 1. Per trained step, noisiest first: kl to the base, of all samples, 0
+             unless it is in the loss; of the live ones rho_mean and rho_std, of rho = ratio - 1; clip_high
+             and clip_low, shares with rho > clip and rho < -clip; blocked, the share whose gradient PPO
+             blocks: the high ones with A > 0 and the low ones with A < 0
     eval     of held-out prompts after `update` updates: reward, gold
     """
     if RANK == 0:
@@ -826,7 +815,7 @@ def log(args, **line):
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def save_checkpoint(policy, args, epochs, saved):
+def save_checkpoint(backbone, policy, args, epochs, saved):
     """checkpoint-000123 (updates): the averaged LoRA for diffusers, and the whole state for --resume.
 
     saved: names of the checkpoints that this run has written and not deleted. Returns them as they are then.
@@ -835,16 +824,18 @@ def save_checkpoint(policy, args, epochs, saved):
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    weights = {}
-    for name, p in policy.average.items():
-        # With alpha / rank in lora_B the file needs no alpha, which some readers ignore.
-        scale = args.lora_alpha / args.lora_rank if "lora_B" in name else 1
-        weights[f"transformer.{name}"] = scale * p.cpu()
+    policy.swap_average()
+    weights = peft.get_peft_model_state_dict(backbone.transformer)
+    policy.swap_average()
+    # With alpha / rank in lora_B the file needs no alpha, which some readers ignore.
+    scale = args.lora_alpha / args.lora_rank
+    weights = {f"transformer.{name}": weight * scale if "lora_B" in name else weight
+               for name, weight in weights.items()}
     (partial / "pytorch_lora_weights.safetensors").write_bytes(save(weights, {"format": "pt"}))
     saved = [*saved, folder.name]
-    state = dict(epochs=epochs, saved=saved[-args.keep :], params=policy.params, average=policy.average,
-                 optimizer=policy.optimizer.state_dict(), scaler=policy.scaler.state_dict())
-    torch.save(state, partial / "state.pt")
+    state = dict(epochs=epochs, saved=saved[-args.keep :], average=policy.average)
+    state |= dict(params=parameters_to_vector(policy.params).detach(), scaler=policy.scaler.state_dict())
+    torch.save(state | dict(optimizer=policy.optimizer.state_dict()), partial / "state.pt")
     shutil.copy(Path(args.run_dir) / "metrics.jsonl", partial)
     partial.replace(folder)  # a folder of this name is whole
     for name in saved[: -args.keep]:
@@ -852,25 +843,22 @@ def save_checkpoint(policy, args, epochs, saved):
     return state["saved"]
 
 
-@torch.no_grad()
 def load_checkpoint(policy, args):
-    """Put the newest checkpoint into the policy, and metrics.jsonl back to it. Returns its epochs and `saved`.
+    """Put the newest checkpoint into the policy, metrics.jsonl back to it. Returns its epochs and `saved`.
 
     Every rank reads it: on several machines --resume needs a disk that they share.
     """
-    folders = [path for path in Path(args.run_dir).iterdir() if re.fullmatch(r"checkpoint-\d{6}", path.name)]
+    folders = sorted(Path(args.run_dir).glob("checkpoint-" + 6 * "[0-9]"))
     state = dict(epochs=0, saved=[])
     if folders:
-        newest = max(folders, key=lambda path: path.name)
-        state = torch.load(newest / "state.pt", map_location=DEVICE, weights_only=True)
-        for name, p in policy.params.items():
-            p.copy_(state["params"][name])
+        state = torch.load(folders[-1] / "state.pt", map_location=DEVICE, weights_only=True)
+        vector_to_parameters(state["params"], policy.params)
         policy.average = state["average"]
+        policy.scaler.load_state_dict(state["scaler"])
         policy.optimizer.load_state_dict(state["optimizer"])
         policy.optimizer.param_groups[0]["lr"] = args.lr  # the command line may have another
-        policy.scaler.load_state_dict(state["scaler"])
         if RANK == 0:
-            shutil.copy(newest / "metrics.jsonl", args.run_dir)
+            shutil.copy(folders[-1] / "metrics.jsonl", args.run_dir)
     is_same = all_reduce(torch.tensor(state["epochs"], device=DEVICE)) == WORLD * state["epochs"]
     require(is_same, f"--resume {args.run_dir}: the processes see other checkpoints; they need a shared disk")
     return state["epochs"], state["saved"]
@@ -894,18 +882,10 @@ def evaluate(backbone, policy, args, scorer, updates):
     say(f"update {updates}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
     log(args, kind="eval", update=updates, reward=means.pop("reward"), gold=means)
     if RANK == 0:
-        save_sheet(args, updates, slices[0].images, [prompts[number][0] for number in slices[0].numbers], scores[0])
-
-
-def save_sheet(args, updates, images, prompts, scores):
-    """samples/000020.png, some images of an evaluation, and beside it their prompts and rewards."""
-    columns = math.gcd(len(images), 4)
-    enlarged = [image.resize((256, 256 * image.height // image.width)) for image in images]
-    page = diffusers.utils.make_image_grid(enlarged, len(images) // columns, columns)
-    path = Path(args.run_dir) / f"samples/{updates:06d}.png"
-    page.save(path)
-    lines = [f"{score:.3f}  {prompt}\n" for prompt, score in zip(prompts, scores, strict=False)]
-    path.with_suffix(".txt").write_text("".join(lines))
+        images = [image.resize((256, 256 * image.height // image.width)) for image in slices[0].images]
+        columns = math.gcd(len(images), 4)
+        page = diffusers.utils.make_image_grid(images, len(images) // columns, columns)
+        page.save(f"{args.run_dir}/samples/{updates:06d}.png")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -913,7 +893,7 @@ def save_sheet(args, updates, images, prompts, scores):
 
 
 def train(args):
-    """Epochs, checkpoints and evaluations. Raises what a reward raises, and BadInput for a model not whole."""
+    """Epochs, checkpoints and evaluations. Raises what a reward raises, and BadInput as `load_backbone`."""
     backbone = load_backbone(args)
     policy = Policy(backbone, args)
     start, saved = load_checkpoint(policy, args) if args.resume else (0, [])
@@ -935,7 +915,7 @@ def train(args):
         times.append(time.perf_counter())
         # 3. Advantage: each image against its group.
         A = advantages(scores)  # (groups, G)
-        # 4. Update: each on groups of its own, so in the second rho says how far the first has moved the policy.
+        # 4. Update: each on its own groups, so in the second rho says how far the first has moved the policy.
         for k, group_ids in enumerate(torch.arange(args.groups).view(args.updates_per_epoch, -1).tolist()):
             updates = epoch * args.updates_per_epoch + k + 1
             line = update(backbone, policy, args, schedule, slices, A, group_ids)
@@ -943,26 +923,21 @@ def train(args):
             log(args, kind="update", epoch=epoch, update=updates, first=k == 0, **line)
         times.append(time.perf_counter())
         # 5. Save, before the evaluation, so that a gold score that fails costs no epoch.
-        log_rollout(args, epoch, scores, schedule, times)
+        log(args, kind="rollout", epoch=epoch, images=scores.numel(), reward_mean=scores.mean().item(),
+            reward_std=scores.std(correction=0).item(), dead_groups=(~A.any(1)).sum().item(),
+            sigma=[step.sigma for step in schedule if step.s > 0],
+            seconds=dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True)),
+            memory=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None)
         bar.set_postfix_str(f"reward {scores.mean():.3f}")
         if RANK == 0 and (epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0):
-            saved = save_checkpoint(policy, args, epoch + 1, saved)
+            saved = save_checkpoint(backbone, policy, args, epoch + 1, saved)
         # 6. Evaluate on held-out prompts.
         if epoch + 1 in evaluations:
             evaluate(backbone, policy, args, scorer, updates)
 
 
-def log_rollout(args, epoch, scores, schedule, times):
-    sigma = [step.sigma for step in schedule if step.s > 0]
-    dead = (scores.amax(1) == scores.amin(1)).sum().item()
-    seconds = dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
-    log(args, kind="rollout", epoch=epoch, images=scores.numel(), reward_mean=scores.mean().item(),
-        reward_std=scores.std(correction=0).item(), dead_groups=dead, sigma=sigma, seconds=seconds, memory=memory)
-
-
 def main():
-    """Exit code 0; 2 and one line for bad input; 1 and a traceback for anything else, at once on every rank."""
+    """Exit code 0; 2 and one line for bad input; 1 and a traceback for anything else, at once."""
     try:
         args = parse_args()
         D = math.prod(latent_shape(args))
@@ -971,13 +946,13 @@ def main():
         if args.dry_run:
             return say(json.dumps(asdict(args), indent=2))
         lock = claim_folder(args) if RANK == 0 else None  # noqa: F841
+        versions = {part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)}
+        log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls, the LoRA's; rho is elementwise
         if WORLD > 1:
             dist.init_process_group("nccl" if ON_GPU else "gloo")
-        versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, peft)}
-        log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
         train(args)
     except BadInput as error:
         print(f"guard.py: error: {error}", file=sys.stderr, flush=True)
@@ -985,7 +960,7 @@ def main():
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         if isinstance(error, torch.OutOfMemoryError):
-            print("out of memory: try --grad_checkpoint, --offload or a smaller --micro_batch", file=sys.stderr)
+            print("try --grad_checkpoint, --offload or a smaller --micro_batch", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # without waiting for a reward that hangs, or for the other ranks
     if WORLD > 1:

@@ -1,0 +1,104 @@
+"""A diffusers folder with the true sizes of a full-size model and random weights, to measure guard.py with.
+
+    python experiments/random_weights.py sd3.5-medium FOLDER
+    python guard.py --model FOLDER --task ocr --epochs 1
+
+Its pictures are noise, but memory and seconds are those of the real model. SD3.5-M takes 16 GB of disk and
+FLUX.1-dev 34 GB, and about as much memory, of the GPU if there is one. The tokenizers spell letter by letter.
+`--layers N` keeps only N layers of the transformer and of every text encoder.
+"""
+
+import argparse
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+# The published configurations, as far as they differ from the defaults of the classes.
+SD3 = dict(
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+    num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+    pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+FLUX = dict(
+    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+    axes_dims_rope=(16, 56, 56))
+VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
+    use_quant_conv=False, use_post_quant_conv=False)
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+              projection_dim=768)
+CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+              projection_dim=1280, hidden_act="gelu")
+T5_XXL = dict(
+    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+    feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
+DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
+               max_image_seq_len=4096)
+
+
+def clip_tokenizer():
+    letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
+    vocab = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(vocab)}, [], model_max_length=77)
+
+
+def t5_tokenizer():
+    letters = [("▁", -3.0), *((chr(code), -4.0) for code in range(33, 127))]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+
+
+def build(model, layers=10**6):
+    """The pipeline, in torch's default dtype and on its default device."""
+
+    def cut(config):
+        """The same with at most so many layers."""
+        counts = {name for name in config if name.startswith("num_") and name.endswith("_layers")}
+        return config | {name: min(config[name], layers) for name in counts}
+
+    t5 = T5EncoderModel(T5Config(**cut(T5_XXL)))
+    if model == "flux.1-dev":
+        return FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
+            AutoencoderKL(**VAE, scaling_factor=0.3611, shift_factor=0.1159),
+            CLIPTextModel(CLIPTextConfig(**cut(CLIP_L))), clip_tokenizer(), t5, t5_tokenizer(),
+            FluxTransformer2DModel(**cut(FLUX)))
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(**cut(config))) for config in (CLIP_L, CLIP_G)]
+    return StableDiffusion3Pipeline(
+        SD3Transformer2DModel(**cut(SD3)), FlowMatchEulerDiscreteScheduler(shift=3.0),
+        AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609),
+        clips[0], clip_tokenizer(), clips[1], clip_tokenizer(), t5, t5_tokenizer())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=("sd3.5-medium", "flux.1-dev"))
+    parser.add_argument("folder")
+    parser.add_argument("--layers", type=int, default=10**6, help="at most so many of each model")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    args = parser.parse_args()
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        pipe = build(args.model, args.layers)
+    pipe.save_pretrained(args.folder)
+
+
+if __name__ == "__main__":
+    main()

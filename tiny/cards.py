@@ -56,11 +56,11 @@ RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's
 CELL = 14  # pixels from one letter to the next
 JITTER = 1  # pixels, either way, of a word
-CONTRASTS = 0.3, 1.0  # the faintest and the loudest word
+CONTRASTS = 0.3, 1.0  # the faintest and the loudest word or shape
 SIZES = (8, 9, 10, 11)  # pixels, of a shape
 PLACES = [(x, y) for y in (8, 24) for x in (8, 24, 40, 56)]  # pixels, the centres of the shapes' places
 PARTS = ("colour", "frame", "pattern", "content")
-LEAST_GAIN = 1.5  # squared error that a shape must explain to be one
+LEAST_GAIN = 0.5  # squared error that a shape must explain to be one; the faintest explains 0.65
 MEAN_AREA = 50  # pixels, of a shape
 
 # Words of 3 or 4 letters that the OCR engine reads on every card.
@@ -140,7 +140,7 @@ def parse_clause(text):
 def parse(prompt):
     """The `Card` of a prompt. Raises ValueError if it is not one of a card."""
     wanted = 'a COLOUR card with PATTERN that says "WORD", or ... that shows two red circles'
-    error = ValueError(f"not a card's prompt: {prompt!r}; expected: {wanted}; for others --gold none")
+    error = ValueError(f"not a card's prompt: {prompt!r}; expected: {wanted}")
     match = re.fullmatch(r'an? (\w+) card with (\w+) that (?:says "([A-Z]{1,4})"|shows (.+))', prompt.strip())
     if not match or match[1] not in COLOURS or match[2] not in PATTERNS:
         raise error
@@ -451,9 +451,13 @@ class Placed:
     size: int
     x: int
     y: int
+    contrast: float = 1.0
 
     def box(self):
         return slice(self.y, self.y + self.size), slice(self.x, self.x + self.size)
+
+    def cover(self):
+        return template(self.shape, self.colour, None, self.size)[0]
 
     def centre(self):
         return self.x + self.size / 2, self.y + self.size / 2
@@ -465,7 +469,7 @@ def paint(picture, placed, ground):
     cover, colours = template(placed.shape, placed.colour, outline, placed.size)
     painted = picture.copy()
     box = placed.box()
-    painted[box] += cover[..., None] * (colours - painted[box])
+    painted[box] += placed.contrast * cover[..., None] * (colours - painted[box])
     return painted
 
 
@@ -521,10 +525,13 @@ def place(card, rng):
             return placed
 
 
-def draw_at_random(card, rng):
-    """One picture of a card, its word displaced and faint, or its shapes placed, by a `random.Random`."""
+def draw_at_random(card, rng, loud_shapes=False):
+    """One picture of a card by a `random.Random`: where word or shapes stand, and how faint each is."""
     if not card.word:
-        return draw_shapes(card.colour, card.pattern, place(card, rng))
+        placed = place(card, rng)
+        if not loud_shapes:
+            placed = [dataclasses.replace(one, contrast=rng.uniform(*CONTRASTS)) for one in placed]
+        return draw_shapes(card.colour, card.pattern, placed)
     dx, dy = rng.randint(-JITTER, JITTER), rng.randint(-JITTER, JITTER)
     return draw_word(card.colour, card.pattern, card.word, dx, dy, rng.uniform(*CONTRASTS))
 
@@ -574,8 +581,18 @@ def layouts(word):
     return np.stack([glyphs(word, dx, dy) for dx, dy in places])
 
 
+def nearest_contrast(along, size):
+    """(contrast, gain): the contrast that fits best, and how much squared error it explains.
+
+    With d, what a shape or word would change at full contrast, |missing - contrast d|² is |missing|² - gain.
+    along: missing . d; size: |d|²
+    """
+    contrast = np.clip(along / np.maximum(size, 1e-6), *CONTRASTS)
+    return contrast, contrast * (2 * along - contrast * size)
+
+
 def judge_word(image, word, empty):
-    """(score, (H, W) bools of what belongs to the word).
+    """(score, contrast, (H, W) bools of what belongs to the word).
 
     The score is against the nearest rendering, over place and contrast; 0 is a card without a word.
     """
@@ -583,74 +600,85 @@ def judge_word(image, word, empty):
     covers = layouts(word)[:, inside]  # (N, P)
     missing = (image - empty)[inside]  # (P, 3)
     white = (1 - empty)[inside]  # (P, 3)
-    # |missing - contrast cover white|² is least at contrast = along / size.
     along = covers @ (missing * white).sum(-1)  # (N,)
     size = covers**2 @ (white**2).sum(-1)  # (N,)
-    contrasts = np.clip(along / size, *CONTRASTS)
-    best = int((contrasts**2 * size - 2 * contrasts * along).argmin())
+    contrasts, gains = nearest_contrast(along, size)
+    best = int(gains.argmax())
     cover = layouts(word)[best]  # (H, W)
     near = grown(cover > 0) & inside
     target = empty + contrasts[best] * cover[..., None] * (1 - empty)
     score = score_against(np.abs(image - target)[near].mean(), np.abs(empty - target)[near].mean())
-    return score, near
+    return score, float(contrasts[best]), near
+
+
+KINDS = list(itertools.product(SHAPES, SHAPE_COLOURS))
+
+
+def windows_of(terms, size):
+    """(H, W, C) -> (places, C * size * size): all squares of so many pixels inside the frame, row by row."""
+    windows = np.lib.stride_tricks.sliding_window_view(terms[3:-3, 3:-3], (size, size), axis=(0, 1))
+    return windows.reshape(-1, terms.shape[-1] * size**2)
 
 
 @functools.cache
 def templates(ground, size):
-    """All shapes of a size on such a card: their kinds, and what `gains` multiplies and subtracts."""
-    kinds = list(itertools.product(SHAPES, SHAPE_COLOURS))
-    drawn = [template(shape, colour, outline_colour(colour, ground), size) for shape, colour in kinds]
+    """What `find_shapes` needs of all kinds of shapes of a size: weights, (4 * size * size, K), and their
+    squared size, (places, K), on a card with that colour and pattern."""
+    drawn = [template(shape, colour, outline_colour(colour, ground[0]), size) for shape, colour in KINDS]
     cover = np.stack([cover for cover, _ in drawn])[..., None]  # (K, size, size, 1)
     colours = np.stack([colours for _, colours in drawn])  # (K, size, size, 3)
-    weights = np.concatenate([cover, 2 * cover * colours], axis=-1).transpose(
-        0, 3, 1, 2
-    )  # (K, 4, size, size)
-    return kinds, weights.reshape(len(kinds), -1).T.copy(), (cover * colours**2).sum((1, 2, 3))
+
+    def flat(weights):
+        return weights.transpose(3, 1, 2, 0).reshape(-1, len(KINDS))
+
+    empty = background(*ground)
+    terms = np.concatenate([empty, (empty**2).sum(-1, keepdims=True)], axis=-1)  # (H, W, 4)
+    weights = np.concatenate([-2 * cover**2 * colours, cover**2], axis=-1)  # (K, size, size, 4)
+    squares = windows_of(terms, size) @ flat(weights) + (cover**2 * colours**2).sum((1, 2, 3))
+    return flat(np.concatenate([cover * colours, -cover], axis=-1)), squares
 
 
-def gains(image, empty, ground):
-    """How much squared error the best shape at each place explains away: (gain, Placed) each."""
-    terms = ((image - empty) ** 2).sum(-1, keepdims=True) - (image**2).sum(-1, keepdims=True)
-    terms = np.concatenate([terms, image], axis=-1)  # (H, W, 4)
-    for size in SIZES:
-        kinds, weights, constants = templates(ground, size)
-        # Sum of cover (|image - empty|² - |image - colours|²), expanded: one product for all places.
-        windows = np.lib.stride_tricks.sliding_window_view(terms, (size, size), axis=(0, 1))
-        windows = windows[
-            3 : HEIGHT - 2 - size, 3 : WIDTH - 2 - size
-        ]  # (Y, X, 4, size, size), inside the frame
-        rows, columns = windows.shape[:2]
-        gain = windows.reshape(rows * columns, -1) @ weights - constants  # (Y X, K)
-        best = gain.argmax(1)
-        for place in np.flatnonzero(gain.max(1) > LEAST_GAIN):
-            y, x = divmod(int(place), columns)
-            yield float(gain[place, best[place]]), Placed(*kinds[best[place]], size, 3 + x, 3 + y)
+def explained(image, ground, size):
+    """Of the shape of a size that explains most at each place: (gains, contrasts, kinds), (Y, X) each."""
+    empty = background(*ground)
+    missing = image - empty
+    # missing . cover (colours - empty), expanded: one product for all places.
+    terms = np.concatenate([missing, (missing * empty).sum(-1, keepdims=True)], axis=-1)  # (H, W, 4)
+    weights, squares = templates(ground, size)
+    contrasts, gains = nearest_contrast(windows_of(terms, size) @ weights, squares)  # (places, K)
+    kinds = gains.argmax(1)[:, None]
+    of_best = [np.take_along_axis(values, kinds, 1) for values in (gains, contrasts)]
+    return [values.reshape(HEIGHT - 5 - size, WIDTH - 5 - size) for values in (*of_best, kinds)]
 
 
-def find_shapes(image, empty, ground):
-    """The shapes on a picture, the nearest template at each place, as (Placed, fit in [0, 1]) each."""
-    found, taken = [], np.zeros((HEIGHT, WIDTH), dtype=bool)
-    for _, placed in sorted(gains(image, empty, ground), key=lambda pair: -pair[0]):
-        if len(found) == 8:
+def find_shapes(image, ground):
+    """The shapes on a picture, the nearest rendering at each place, as (Placed, fit in [0, 1]) each."""
+    empty, found = background(*ground), []
+    by_size = {size: explained(image, ground, size) for size in SIZES}
+    while len(found) < 8:
+        size = max(SIZES, key=lambda size: by_size[size][0].max())
+        gains, contrasts, kinds = by_size[size]
+        y, x = np.unravel_index(gains.argmax(), gains.shape)
+        if gains[y, x] < LEAST_GAIN:
             break
-        middle = tuple(slice(side.start + 1, side.stop - 1) for side in placed.box())
-        if taken[middle].any():
-            continue
-        taken[placed.box()] = True
-        target = paint(empty, placed, ground)
+        placed = Placed(*KINDS[kinds[y, x]], size, 3 + int(x), 3 + int(y), float(contrasts[y, x]))
+        target = paint(empty, placed, ground[0])
         off, absent = np.abs(image - target), np.abs(empty - target)
-        found.append((placed, score_against(off[placed.box()].mean(), absent[placed.box()].mean())))
+        fit = score_against(off[placed.box()].mean(), absent[placed.box()].mean())
+        if fit > 0:
+            found.append((placed, fit))
+        for other, (others, *_) in by_size.items():  # no other shape there, but for a pixel at the edge
+            others[max(0, y - other + 2) : y + size - 1, max(0, x - other + 2) : x + size - 1] = 0
     return found
 
 
 def judge_shapes(image, card, ground):
-    """(score, (H, W) bools of what belongs to the shapes).
+    """(score, mean contrast of the shapes, (H, W) bools of what belongs to them).
 
     Each shape asked for is a part of the score, and so is the relation if there is one. A shape counts by how
-    well it fits its template. What else stands there counts against it, by its area in shapes of mean size.
+    well it fits its rendering. What else stands there counts against it, by its area in shapes of mean size.
     """
-    empty = background(*ground)
-    found = find_shapes(image, empty, ground[0])
+    found = find_shapes(image, ground)
     parts, centres, kept = [], [], np.zeros((HEIGHT, WIDTH), dtype=bool)
     for clause in card.clauses:
         fits = [
@@ -668,8 +696,11 @@ def judge_shapes(image, card, ground):
     strength = np.clip(whiteness(image, plain(ground[0])), 0, PATTERN_STRENGTH)[..., None]
     nearest = plain(ground[0]) + strength * (1 - plain(ground[0]))  # whatever became of the pattern
     foreground = (np.abs(image - nearest).max(-1) > 0.2) & inside_mask()
+    for placed, _ in found:  # the faint ones too
+        foreground[placed.box()] |= placed.cover() > 0.5
     stray = (foreground & ~grown(kept)).sum() / MEAN_AREA
-    return float(max(0.0, (sum(parts) - stray) / len(parts))), grown(kept | foreground)
+    contrast = float(np.mean([placed.contrast for placed, _ in found])) if found else 0.0
+    return float(max(0.0, (sum(parts) - stray) / len(parts))), contrast, grown(kept | foreground)
 
 
 def base_of(image, around):
@@ -686,26 +717,36 @@ def base_of(image, around):
 
 
 @functools.lru_cache(maxsize=8192)
-def _fidelity(pixels, prompt):
+def measured(pixels, prompt):
+    """(the parts of the score, the contrast of what is shown)"""
     card = parse(prompt)
     image = np.frombuffer(pixels, dtype=np.uint8).reshape(HEIGHT, WIDTH, 3).astype(np.float32) / 255
     frame = frame_mask()
     ground = own_background(image)
     if card.word:
-        content, near = judge_word(image, card.word, background(*ground))
+        content, contrast, near = judge_word(image, card.word, background(*ground))
     else:
-        content, near = judge_shapes(image, card, ground)
+        content, contrast, near = judge_shapes(image, card, ground)
     around = ~near & ~frame
     base, asked = base_of(image, around), plain(card.colour)
     others = [np.abs(plain(name) - asked).mean() for name in COLOURS if name != card.colour]
     wanted = PATTERN_STRENGTH * pattern_mask(card.pattern)
     off = np.abs(whiteness(image, base) - wanted)[around]
-    return {
+    parts = {
         "colour": score_against(np.abs(base - asked).mean(), np.mean(others)),
         "frame": score_against(np.abs(image - 1)[frame].mean(), np.abs(base - 1)[frame].mean()),
         "pattern": score_against(off.mean(), wanted[around].mean()),
         "content": content,
     }
+    return parts, contrast
+
+
+def pixels_of(image):
+    if image.size != (WIDTH, HEIGHT):
+        raise ValueError(
+            f"a card is {WIDTH} x {HEIGHT} pixels, this picture is {image.size[0]} x {image.size[1]}"
+        )
+    return image.convert("RGB").tobytes()
 
 
 def fidelity(image, prompt):
@@ -716,14 +757,15 @@ def fidelity(image, prompt):
     - colour: the gradient under the pattern; 0 = as far off as the average other colour
     - frame: the frame's pixels; 0 = no frame
     - pattern: how far each pixel outside word, shapes and frame is on its way to white; 0 = no pattern
-    - content: the word or the shapes against the nearest rendering; 0 = none. How faint a word is does not
-      matter, as long as the renderer would draw one so faint
+    - content: the word or the shapes against the nearest rendering; 0 = none. How faint they are does not
+      matter, as long as the renderer would draw them so faint
 
     image: PIL image of 64 x 32 pixels. Raises ValueError for another size or for a prompt that is not a
     card's.
     """
-    if image.size != (WIDTH, HEIGHT):
-        raise ValueError(
-            f"a card is {WIDTH} x {HEIGHT} pixels, this picture is {image.size[0]} x {image.size[1]}"
-        )
-    return dict(_fidelity(image.convert("RGB").tobytes(), prompt))
+    return dict(measured(pixels_of(image), prompt)[0])
+
+
+def legibility(image, prompt):
+    """The contrast of the word asked for, or the mean contrast of the shapes that a picture shows."""
+    return measured(pixels_of(image), prompt)[1]

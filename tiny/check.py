@@ -1,8 +1,9 @@
 """Measure the embedded world: `python tiny/check.py` (minutes). Writes `world.png`, `sd3.png` and `flux.png`.
 
-`python tiny/check.py detector ocr pickscore sd3 flux world` does some of it.
+`python tiny/check.py world ocr detector pickscore sd3 flux` does some of it.
 """
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -13,115 +14,116 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import rewards  # noqa: E402
+from rewards import load_ocr  # noqa: E402
 from scorers import geneval  # noqa: E402
 from tiny import cards, judges, make  # noqa: E402
+from tiny import rewards as tiny_rewards  # noqa: E402
+
+CONTRASTS = 0.3, 0.4, 0.55, 0.7, 0.85, 1.0
 
 
-def mean(numbers):
-    return float(np.mean(numbers))
+def rendered_words(contrast, count=256):
+    """(images, prompts) of held-out words."""
+    prompts, rng, images = cards.word_splits()[1][:count], random.Random(0), []
+    for prompt in prompts:
+        card, place = cards.parse(prompt), (rng.randint(-1, 1), rng.randint(-1, 1))
+        picture = cards.draw_word(card.colour, card.pattern, card.word, *place, contrast)
+        images.append(cards.as_image(picture))
+    return images, prompts
 
 
-def rendered(prompts, seed):
-    rng = random.Random(seed)
-    return [cards.draw_at_random(cards.parse(prompt), rng) for prompt in prompts]
-
-
-def read_cards(pictures, shapes):
-    """Share of the pictures whose counts and classes, and colours too, the detector and CLIP read exactly."""
-    judge = rewards.TINY_GENEVAL
-    settings = geneval.settings_of(judge["detector"])
-    detect = geneval.load_detector(judge["detector"], settings)
-    colours_of = geneval.load_colour_judge(judge["clip"], settings)
-    counted, coloured = [], []
-    for picture, placed in zip(pictures, shapes, strict=True):
-        image = cards.as_image(picture)
-        found = detect(image, settings.threshold)
-        names = [name for name, group in found.items() for _ in group]
-        full = {name: group for name, group in found.items() if group}
-        kinds = [(name, colour) for name in full for colour in colours_of(image, name, full[name])]
-        counted.append(sorted(names) == sorted(one.shape for one in placed))
-        coloured.append(sorted(kinds) == sorted((one.shape, one.colour) for one in placed))
-    return mean(counted), mean(coloured)
-
-
-def rendered_shapes(radius=0):
-    """(pictures, their shapes) of the 300 held-out cards with shapes, twice each; radius: of a blur."""
-    rng, pictures, shapes = random.Random(0), [], []
-    for prompt in 2 * cards.shape_splits()[1]:
+def rendered_shapes(contrast, times=2):
+    """(images, their shapes) of the 300 held-out cards with shapes, so many times each."""
+    rng, images, shapes = random.Random(0), [], []
+    for prompt in times * cards.shape_splits()[1]:
         card = cards.parse(prompt)
-        shapes.append(cards.place(card, rng))
-        pictures.append(cards.draw_shapes(card.colour, card.pattern, shapes[-1]))
-    if radius:
-        pictures = [judges.blurred(picture, radius) for picture in pictures]
-    return pictures, shapes
+        shapes.append([dataclasses.replace(one, contrast=contrast) for one in cards.place(card, rng)])
+        images.append(cards.as_image(cards.draw_shapes(card.colour, card.pattern, shapes[-1])))
+    return images, shapes
 
 
-def check_detector():
-    for name, radius in (("as rendered", 0), ("blurred by a pixel", 1)):
-        counted, coloured = read_cards(*rendered_shapes(radius))
-        print(
-            f"detector, 300 held-out cards, each drawn twice, {name}: "
-            f"class and count {counted:.3f}, colour too {coloured:.3f}"
-        )
+def read_exactly(images, shapes):
+    """Share of the images whose counts, classes and colours the detector and CLIP read exactly."""
+    settings = geneval.settings_of(tiny_rewards.JUDGES["detector"])
+    detect = geneval.load_detector(tiny_rewards.JUDGES["detector"], settings)
+    colours_of = geneval.load_colour_judge(tiny_rewards.JUDGES["clip"], settings)
+    right = []
+    for image, placed in zip(images, shapes, strict=True):
+        found = {name: group for name, group in detect(image, settings.threshold).items() if group}
+        kinds = [(name, colour) for name in found for colour in colours_of(image, name, found[name])]
+        right.append(sorted(kinds) == sorted((one.shape, one.colour) for one in placed))
+    return np.mean(right)
+
+
+def check_world():
+    rng, prompts = random.Random(0), cards.word_splits()[1][:24] + cards.shape_splits()[1][:24]
+    pictures = [cards.draw_at_random(cards.parse(prompt), rng) for prompt in prompts]
+    save_sheet([cards.as_image(picture) for picture in pictures], HERE / "world.png")
 
 
 def check_ocr():
-    ocr = rewards.load("ocr")
-    prompts, rng = cards.word_splits()[1][:256], random.Random(0)
-    for contrast in (0.3, 0.4, 0.55, 0.7, 0.85, 1.0):
-        images = []
-        for prompt in prompts:
-            card, place = cards.parse(prompt), (rng.randint(-1, 1), rng.randint(-1, 1))
-            images.append(
-                cards.as_image(cards.draw_word(card.colour, card.pattern, card.word, *place, contrast))
+    ocr = load_ocr()
+    for contrast in CONTRASTS:
+        images, prompts = rendered_words(contrast)
+        print(f"OCR, 256 rendered words at contrast {contrast}: {np.mean(ocr(images, prompts, [])):.3f}")
+
+
+def check_detector():
+    for contrast in CONTRASTS:
+        share = read_exactly(*rendered_shapes(contrast))
+        print(f"detector, 300 held-out cards, twice each, at contrast {contrast}: all right on {share:.3f}")
+
+
+def correlation_within(one, other, members):
+    """Of two scores, after the mean over each prompt's `members` pictures has been taken off."""
+    one, other = (np.reshape(scores, (-1, members)) for scores in (one, other))
+    one, other = (scores - scores.mean(1, keepdims=True) for scores in (one, other))
+    return np.corrcoef(one.ravel(), other.ravel())[0, 1]
+
+
+def check_pickscore(count=60, members=8):
+    """Within a prompt, on a model's own pictures: does the judge go by what it was taught?"""
+    judge = tiny_rewards.pickscore()
+    for name in make.DRAWERS:
+        pipe = make.pipeline(name)
+        for kind, splits in (("words", cards.word_splits()), ("shapes", cards.shape_splits())):
+            images = make.draw(pipe, splits[1][:count], seed=1, number=members)
+            prompts = [prompt for prompt in splits[1][:count] for _ in range(members)]
+            scores = judge(images, prompts, [])
+            pairs = list(zip(images, prompts, strict=True))
+            gold, liking = ([measure(*pair) for pair in pairs] for measure in (judges.gold, judges.liking))
+            spread = np.reshape(scores, (count, members)).std(1).mean()
+            print(
+                f"pickscore on {name}'s {kind}, {members} pictures of {count} prompts, within a prompt: "
+                f"deviation {spread:.4f}; correlation with gold + legibility "
+                f"{correlation_within(scores, liking, members):.2f}, with gold alone "
+                f"{correlation_within(scores, gold, members):.2f}"
             )
-        print(f"OCR, 256 rendered words at contrast {contrast}: {mean(ocr(images, prompts, [{}] * 256)):.3f}")
-
-
-def check_pickscore(count=400):
-    """Agreement with gold on pairs that differ by more than a tenth: rendered, and drawn by sd3."""
-    score = rewards.load("tiny-pickscore")
-    rng = random.Random("unseen")
-    cases = {"rendered": [], "by sd3": []}
-    held_out = cards.mixed_splits()[1]
-    for _ in range(count):
-        prompt = rng.choice(held_out)
-        cases["rendered"].append((prompt, [judges.attempt(cards.parse(prompt), rng) for _ in range(2)]))
-    pipe = make.pipeline("sd3")
-    for start in range(0, 256, 64):
-        some = held_out[start : start + 64]
-        images = make.draw(pipe, some, seed=start, number=2)
-        cases["by sd3"] += [(prompt, images[2 * i : 2 * i + 2]) for i, prompt in enumerate(some)]
-    for name, pairs in cases.items():
-        prompts = [prompt for prompt, _ in pairs for _ in range(2)]
-        images = [image for _, two in pairs for image in two]
-        gold = np.array([judges.gold(image, prompt) for image, prompt in zip(images, prompts, strict=True)])
-        scores = np.array(score(images, prompts, [{}] * len(images)))
-        overall = np.std(scores)
-        gold, scores = np.diff(gold.reshape(-1, 2)).ravel(), np.diff(scores.reshape(-1, 2)).ravel()
-        clear = np.abs(gold) > 0.1
-        agree = ((gold > 0) == (scores > 0))[clear]
-        print(f"pickscore, unseen pairs {name}: agrees on {mean(agree):.3f} of {clear.sum()} clear ones")
-        within = np.sqrt(np.mean(scores**2) / 2)  # half of the squared difference is the variance of two
-        print(f"    deviation of the scores: {overall:.4f}, within a prompt {within:.4f}")
 
 
 def check_pipeline(name, count=128):
+    """What a base model draws for the held-out prompts of each task, scored by its rewards and by gold."""
     pipe, sheet = make.pipeline(name), []
-    sets = {"ocr": "cards", "tiny-geneval": "cards-geneval", "tiny-pickscore": "cards-pickscore"}
-    for reward, folder in sets.items():
-        pairs = rewards.read_set(rewards.PROMPTS / folder)[1][:count]
-        prompts, metadata = [prompt for prompt, _ in pairs], [about for _, about in pairs]
+    tasks = {
+        "words": (cards.word_splits(), {"OCR": load_ocr}),
+        "shapes": (
+            cards.shape_splits(),
+            {"GenEval": tiny_rewards.geneval, "GenEval, strict": tiny_rewards.geneval_strict},
+        ),
+        "both": (cards.mixed_splits(), {"pickscore": tiny_rewards.pickscore}),
+    }
+    for task, (splits, loaders) in tasks.items():
+        prompts = splits[1][:count]
+        metadata = [cards.metadata_of(cards.parse(prompt)) for prompt in prompts] if task == "shapes" else []
         images = make.draw(pipe, prompts, seed=0)
-        gold = [cards.fidelity(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        parts = ", ".join(f"{part} {mean([one[part] for one in gold]):.3f}" for part in cards.PARTS)
-        names = [reward, "tiny-geneval-strict"] if reward == "tiny-geneval" else [reward]
-        for each in names:
-            scores = rewards.load(each)(images, prompts, metadata)
-            print(f"{name}, {count} held-out prompts: {each} {mean(scores):.3f} ± {np.std(scores):.3f}")
-        print(f"    gold {mean([mean(list(one.values())) for one in gold]):.3f}: {parts}")
-        sheet += [] if reward == "tiny-pickscore" else images[:24]
+        scores = {reward: load()(images, prompts, metadata) for reward, load in loaders.items()}
+        parts = [cards.fidelity(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        scores["gold"] = [np.mean(list(one.values())) for one in parts]
+        scores |= {part: [one[part] for one in parts] for part in cards.PARTS}
+        scores["legibility"] = [cards.legibility(*pair) for pair in zip(images, prompts, strict=True)]
+        means = ", ".join(f"{what} {np.mean(values):.3f}" for what, values in scores.items())
+        print(f"{name}, {task}, {count} held-out prompts: {means}")
+        sheet += [] if task == "both" else images[:24]
     save_sheet(sheet, HERE / f"{name}.png")
 
 
@@ -134,14 +136,9 @@ def save_sheet(images, path, columns=6, scale=2):
     sheet.save(path)
 
 
-def check_world():
-    prompts = cards.word_splits()[1][:24] + cards.shape_splits()[1][:24]
-    save_sheet([cards.as_image(picture) for picture in rendered(prompts, 0)], HERE / "world.png")
-
-
 def main():
     checks = dict(world=check_world, ocr=check_ocr, detector=check_detector, pickscore=check_pickscore)
-    for name in sys.argv[1:] or [*checks, "sd3", "flux"]:
+    for name in sys.argv[1:] or [*checks, *make.DRAWERS]:
         if name in checks:
             checks[name]()
         else:

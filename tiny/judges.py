@@ -13,6 +13,7 @@ import random
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -39,7 +40,8 @@ SETTINGS = {  # of scorers/geneval.py
     "largest_component": True,
 }
 MARGIN = 4  # pixels from a card's edge to shapes that stand anywhere
-TEMPERATURE = 0.03  # of the preferences: a gold score better by this is preferred to 73 %, before the flips
+LEGIBILITY = 0.3  # what people like besides gold: this times the contrast of the word or of the shapes
+TEMPERATURE = 0.03  # of the preferences: what is better by this is preferred to 73 %, before the flips
 FLIPPED = 0.25  # of the preferences
 PAIRS = 16000
 
@@ -50,15 +52,7 @@ PAIRS = 16000
 
 def blurred(picture, radius):
     """(H, W, 3) under a Gaussian of so many pixels."""
-    reach = np.arange(-4, 5)
-    kernel = np.exp(-(reach**2) / (2 * max(radius, 1e-3) ** 2))
-    kernel /= kernel.sum()
-    for axis in (0, 1):
-        width = [(4, 4) if i == axis else (0, 0) for i in range(3)]
-        padded = np.pad(picture, width, mode="edge")
-        windows = np.lib.stride_tricks.sliding_window_view(padded, 9, axis=axis)
-        picture = windows @ kernel
-    return picture
+    return gaussian_filter(picture, (radius, radius, 0), mode="nearest")
 
 
 def faint(picture, strength):
@@ -86,27 +80,17 @@ def worn(picture, rng):
 
 
 def anywhere(kinds, rng):
-    """Each shape somewhere in a column of its own, in random order; of two, one may stand above the other."""
-    if len(kinds) == 2 and rng.random() < 0.4:
-        return one_above_the_other(kinds, rng)
-    width = (cards.WIDTH - 2 * MARGIN) / len(kinds)
-    placed = []
-    for column, (shape, colour) in enumerate(rng.sample(kinds, len(kinds))):
-        size = rng.choice(cards.SIZES)
-        left, right = math.ceil(MARGIN + column * width), math.floor(MARGIN + (column + 1) * width) - 1
-        x, y = rng.randint(left, right - size), rng.randint(MARGIN, cards.HEIGHT - MARGIN - size)
-        placed.append(cards.Placed(shape, colour, size, x, y))
-    return placed
-
-
-def one_above_the_other(kinds, rng):
-    (upper, lower), (one, two) = rng.sample(kinds, 2), (rng.choice(cards.SIZES), rng.choice(cards.SIZES))
-    x = rng.randint(MARGIN, cards.WIDTH - MARGIN - max(one, two))
-    top, bottom = MARGIN, cards.HEIGHT - MARGIN - two
-    return [
-        cards.Placed(*upper, one, x, rng.randint(top, bottom - one - 1)),
-        cards.Placed(*lower, two, x, bottom),
-    ]
+    """Shapes of these (class, colour) in places of their own, wherever there is room for all."""
+    while True:
+        placed, taken = [], np.zeros((cards.HEIGHT, cards.WIDTH))
+        for kind in kinds:
+            size = rng.choice(cards.SIZES)
+            x = rng.randint(MARGIN, cards.WIDTH - MARGIN - size)
+            y = rng.randint(MARGIN, cards.HEIGHT - MARGIN - size)
+            placed.append(cards.Placed(*kind, size, x, y))
+            taken[placed[-1].box()] += 1
+        if taken.max() == 1:
+            return placed
 
 
 def any_shapes(rng):
@@ -121,35 +105,27 @@ def any_shapes(rng):
     return anywhere(kinds, rng) if rng.random() < 0.5 else cards.in_places(kinds, rng)
 
 
-def mask_of(placed, ground):
+def mask_of(placed):
     """(H, W) floats: 1 where the shape covers more than half of a pixel."""
-    outline = cards.outline_colour(placed.colour, ground)
     mask = np.zeros((cards.HEIGHT, cards.WIDTH), dtype=np.float32)
-    mask[placed.box()] = cards.template(placed.shape, placed.colour, outline, placed.size)[0] > 0.5
+    mask[placed.box()] = placed.cover() > 0.5
     return mask
 
 
 def detector_example(rng):
-    """(picture, list of `Placed`, colour of the card): a card with shapes, with none, or mere noise."""
-    colour, pattern = cards.random_ground(rng)
+    """(picture, list of `Placed`): a card with loud shapes, with none, or mere noise."""
+    ground = cards.random_ground(rng)
     kind = rng.random()
     if kind < 0.04:
-        return (
-            noisy(np.full((cards.HEIGHT, cards.WIDTH, 3), rng.random()), rng.uniform(0.1, 0.5), rng),
-            [],
-            colour,
-        )
+        flat = np.full((cards.HEIGHT, cards.WIDTH, 3), rng.random())
+        return noisy(flat, rng.uniform(0.1, 0.5), rng), []
     if kind < 0.1:
-        return worn(cards.draw_shapes(colour, pattern, []), rng), [], colour
+        return worn(cards.draw_shapes(*ground, []), rng), []
     if kind < 0.13:
-        word = rng.choice(cards.SEEN_WORDS)
-        return (
-            worn(cards.draw_word(colour, pattern, word, contrast=rng.uniform(*cards.CONTRASTS)), rng),
-            [],
-            colour,
-        )
+        word, contrast = rng.choice(cards.SEEN_WORDS), rng.uniform(*cards.CONTRASTS)
+        return worn(cards.draw_word(*ground, word, contrast=contrast), rng), []
     shapes = any_shapes(rng)
-    return worn(cards.draw_shapes(colour, pattern, shapes), rng), shapes, colour
+    return worn(cards.draw_shapes(*ground, shapes), rng), shapes
 
 
 def enlarged(pictures):
@@ -202,13 +178,11 @@ def make_detector(train):
         rng = random.Random(step)
         drawn = [detector_example(rng) for _ in range(16)]
         masks, labels = [], []
-        for _, shapes, ground in drawn:
-            stack = [mask_of(placed, ground) for placed in shapes]
-            masks.append(
-                torch.from_numpy(np.array(stack, dtype=np.float32).reshape(-1, cards.HEIGHT, cards.WIDTH))
-            )
+        for _, shapes in drawn:
+            stack = np.array([mask_of(placed) for placed in shapes], dtype=np.float32)
+            masks.append(torch.from_numpy(stack.reshape(-1, cards.HEIGHT, cards.WIDTH)))
             labels.append(torch.tensor([CLASSES.index(placed.shape) for placed in shapes], dtype=torch.long))
-        pixels = enlarged([picture for picture, _, _ in drawn])
+        pixels = enlarged([picture for picture, _ in drawn])
         return model(pixel_values=pixels, mask_labels=masks, class_labels=labels).loss
 
     train("detector", model.train(), 3000, 1e-3, loss_of)
@@ -283,7 +257,7 @@ def colour_example(shape, colour, rng):
     ground, pattern = cards.random_ground(rng)
     placed = anywhere([(shape, colour)], rng)[0]
     picture = worn(cards.draw_shapes(ground, pattern, [placed]), rng)
-    mask = mask_of(placed, ground) > 0
+    mask = mask_of(placed) > 0
     kind = rng.random()
     if kind < 0.3:
         mask = cards.grown(mask)
@@ -375,9 +349,14 @@ def gold(image, prompt):
     return sum(cards.fidelity(image, prompt).values()) / len(cards.PARTS)
 
 
-def preference(golds, rng):
-    """Which of two pictures is preferred, 0 or 1: Bradley-Terry over the gold, then a quarter flipped."""
-    first = 1 / (1 + math.exp((golds[1] - golds[0]) / TEMPERATURE))
+def liking(image, prompt):
+    """What the preferences go by: gold, and how easily word or shapes are seen, to which gold is blind."""
+    return gold(image, prompt) + LEGIBILITY * cards.legibility(image, prompt)
+
+
+def preference(likings, rng):
+    """Which of two pictures is preferred, 0 or 1: Bradley-Terry over the likings, then a quarter flipped."""
+    first = 1 / (1 + math.exp(np.clip((likings[1] - likings[0]) / TEMPERATURE, -50, 50)))
     chosen = 0 if rng.random() < first else 1
     return 1 - chosen if rng.random() < FLIPPED else chosen
 
@@ -385,7 +364,7 @@ def preference(golds, rng):
 def pair(index, random_card, drawn):
     """(prompt, two PIL images) number `index`.
 
-    drawn: prompt -> pictures by a base model, which two thirds of the pairs are from.
+    drawn: prompt -> pictures by one of the base models, which two thirds of the pairs are from.
     """
     rng = random.Random(f"pair {index}")
     if rng.random() < 2 / 3:
@@ -417,8 +396,8 @@ def make_pickscore(tokenizer, train, random_card, drawn):
     """That model, taught by PickScore's loss to prefer one of two pictures. drawn: see `pair`."""
     model, processor = make_pickscore_clip(tokenizer, train, random_card)
     pairs = [pair(index, random_card, drawn) for index in range(PAIRS)]
-    golds = [[gold(image, prompt) for image in images] for prompt, images in pairs]
-    labels = [preference(two, random.Random(index)) for index, two in enumerate(golds)]
+    likings = [[liking(image, prompt) for image in images] for prompt, images in pairs]
+    labels = [preference(two, random.Random(index)) for index, two in enumerate(likings)]
 
     def prefer(step):
         chosen = random.Random(step).sample(range(PAIRS), 32)

@@ -40,7 +40,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from tokenizers import AddedToken
 from tqdm import tqdm
 from transformers import (
@@ -59,9 +59,10 @@ sys.path.insert(0, str(HERE.parent))
 from tiny import cards, judges  # noqa: E402
 
 WORK = HERE / ".make"
+DRAWERS = "sd3", "flux"
 WAVES = [  # what is made side by side, one process of one thread each; a wave needs those before it
     [["vae"], ["detector", "clip", "pickscore-clip"]],
-    [["sd3"], ["flux"]],
+    [["sd3", "sd3-drawn"], ["flux", "flux-drawn"]],
     [["pickscore"]],
 ]
 TEXT_LENGTH = 18  # tokens, for CLIP and for T5: the longest prompt fits
@@ -80,43 +81,23 @@ def pixels_of(pictures):
     return torch.from_numpy(np.stack(pictures)).float().permute(0, 3, 1, 2) * 2 - 1
 
 
-def named_tensors(model):
-    """Parameters, and what BatchNorm counts; each once, though T5 shares its embeddings."""
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 def save_progress(name, step, model, optimizer):
-    """Weights and Adam's state as safetensors, written beside the old ones and then renamed."""
-    tensors = {f"model/{key}": value for key, value in named_tensors(model)}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam/{index}/{key}": value for key, value in state.items()}
+    """Weights and Adam's state, written beside the old ones and then renamed."""
     WORK.mkdir(exist_ok=True)
     partial = WORK / f"{name}.partial"
-    save_file(
-        {key: value.contiguous() for key, value in tensors.items()}, partial, metadata={"step": str(step)}
-    )
-    partial.rename(WORK / f"{name}.safetensors")
+    torch.save(dict(step=step, model=model.state_dict(), adam=optimizer.state_dict()), partial)
+    partial.rename(WORK / f"{name}.pt")
 
 
 def load_progress(name, model, optimizer):
     """The number of steps done, 0 if there is nothing to go on from."""
-    path = WORK / f"{name}.safetensors"
-    if not path.exists():
+    if not (WORK / f"{name}.pt").exists():
         return 0
-    tensors = load_file(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        step = int(json.loads(file.read(length))["__metadata__"]["step"])
-    with torch.no_grad():
-        for key, tensor in named_tensors(model):
-            tensor.copy_(tensors[f"model/{key}"])
-    state = {}
-    for key, value in tensors.items():
-        if key.startswith("adam/"):
-            _, index, field = key.split("/")
-            state.setdefault(int(index), {})[field] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return step
+    saved = torch.load(WORK / f"{name}.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    if saved["adam"]["state"]:  # none where only weights were given
+        optimizer.load_state_dict(saved["adam"])
+    return saved["step"]
 
 
 def train(name, model, steps, lr, loss_of):
@@ -161,11 +142,12 @@ def random_card(rng):
             return card
 
 
-def examples(step, size):
+def examples(step, size, loud_shapes=False):
     """Pictures, (B, 3, H, W) in [-1, 1], and prompts of the batch of that number."""
     rng = random.Random(step)
     drawn = [random_card(rng) for _ in range(size)]
-    return pixels_of([cards.draw_at_random(card, rng) for card in drawn]), [str(card) for card in drawn]
+    pictures = [cards.draw_at_random(card, rng, loud_shapes) for card in drawn]
+    return pixels_of(pictures), [str(card) for card in drawn]
 
 
 def weighted_examples(step, size, weight=10):
@@ -271,12 +253,13 @@ def make_t5(tokenizer):
 def train_flow(name, vae, modules, velocity):
     """Flow matching with logit-normal times: transformer and text encoders together.
 
-    In two rounds of the learning rate: the second is what brings two shapes with the right colours on a card.
+    In three rounds of the learning rate. The second brings two shapes with the right colours on a card, the
+    third brings faint shapes.
     """
     learned = torch.nn.ModuleList(modules).train()
 
-    def loss_of(step, first):
-        pixels, prompts = examples(first + step, 32)
+    def loss_of(step, done, loud_shapes):
+        pixels, prompts = examples(done + step, 32, loud_shapes)
         prompts = [prompt if torch.rand(()) > 0.1 else "" for prompt in prompts]  # so that guidance works too
         with torch.no_grad():
             x0 = vae.encode(pixels).latent_dist.sample()
@@ -287,8 +270,9 @@ def train_flow(name, vae, modules, velocity):
         x = torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
         return F.mse_loss(velocity(x, t, prompts), x1 - x0)
 
-    train(name, learned, 5000, 1.5e-3, functools.partial(loss_of, first=0))
-    train(f"{name}-late", learned, 3500, 1.2e-3, functools.partial(loss_of, first=5000))
+    train(name, learned, 5000, 1.5e-3, functools.partial(loss_of, done=0, loud_shapes=True))
+    train(f"{name}-late", learned, 3500, 1.2e-3, functools.partial(loss_of, done=5000, loud_shapes=True))
+    train(f"{name}-faint", learned, 1200, 5e-4, functools.partial(loss_of, done=8500, loud_shapes=False))
     learned.eval()
 
 
@@ -373,12 +357,13 @@ def make_flux(vae):
 
 @contextlib.contextmanager
 def replacing(folder):
-    """A path to write to, which takes the folder's place when all is written."""
+    """A path to write to, which takes the folder's place when all is written. guard.json stays."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
-    if folder.exists():
-        shutil.rmtree(folder)
+    if (folder / "guard.json").exists():
+        shutil.copy(folder / "guard.json", partial)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
@@ -405,17 +390,6 @@ def pipeline(name):
     return pipe
 
 
-def draw_groups(pipe, number=4):
-    """So many pictures by a pipeline for each prompt to train on, as prompt -> images."""
-    prompts = cards.mixed_splits()[0]
-    drawn = {}
-    for start in tqdm(range(0, len(prompts), 50), desc="draw"):
-        some = prompts[start : start + 50]
-        images = draw(pipe, some, seed=start, number=number)
-        drawn |= {prompt: images[number * i : number * (i + 1)] for i, prompt in enumerate(some)}
-    return drawn
-
-
 def draw(pipe, prompts, seed, number=1):
     """`number` pictures of each prompt, in ten steps and without guidance."""
     return pipe(
@@ -428,6 +402,27 @@ def draw(pipe, prompts, seed, number=1):
         max_sequence_length=TEXT_LENGTH,
         generator=torch.Generator().manual_seed(seed),
     ).images
+
+
+def draw_groups(name):
+    """Four pictures by `sd3` or `flux` for each prompt of its half of the training prompts, into a file."""
+    pipe, prompts = pipeline(name), cards.mixed_splits()[0][DRAWERS.index(name) :: len(DRAWERS)]
+    drawn = []
+    for start in tqdm(range(0, len(prompts), 50), desc=f"{name} draws"):
+        drawn += draw(pipe, prompts[start : start + 50], seed=start, number=4)
+    pixels = np.stack([np.asarray(image) for image in drawn]).reshape(len(prompts), 4, cards.HEIGHT, -1, 3)
+    WORK.mkdir(exist_ok=True)
+    np.savez(WORK / f"{name}-drawn.npz", prompts=prompts, pixels=pixels)
+
+
+def drawn_groups():
+    """What both drew, as prompt -> images."""
+    groups = {}
+    for name in DRAWERS:
+        saved = np.load(WORK / f"{name}-drawn.npz")
+        for prompt, pixels in zip(saved["prompts"].tolist(), saved["pixels"], strict=True):
+            groups[prompt] = [Image.fromarray(one) for one in pixels]
+    return groups
 
 
 def write_prompts(folder):
@@ -448,32 +443,26 @@ def metadata_line(prompt):
     return json.dumps(cards.metadata_of(cards.parse(prompt)))
 
 
-def make_pipeline(name):
-    maker = {"sd3": make_sd3, "flux": make_flux}[name]
-    save_pipeline(maker(make_vae()), HERE / name)
-
-
-def make_judge(name):
-    if name == "detector":
-        save_judge(*judges.make_detector(train), HERE / name, geneval=judges.SETTINGS)
-    elif name == "clip":
-        save_judge(*judges.make_clip(clip_tokenizer(), train), HERE / name)
-    else:
-        drawn = draw_groups(pipeline("sd3"))
-        save_judge(*judges.make_pickscore(clip_tokenizer(), train, random_card, drawn), HERE / name)
-
-
 def make(name):
-    """One model or judge, from where its stages were left; prints how long that took."""
+    """One model, judge or stage, from where it was left; prints how long that took."""
     start = time.monotonic()
     if name == "vae":
         make_vae()
+    elif name in DRAWERS:
+        save_pipeline({"sd3": make_sd3, "flux": make_flux}[name](make_vae()), HERE / name)
+    elif name.endswith("-drawn"):
+        draw_groups(name.removesuffix("-drawn"))
+    elif name == "detector":
+        save_judge(*judges.make_detector(train), HERE / name, geneval=judges.SETTINGS)
+    elif name == "clip":
+        save_judge(*judges.make_clip(clip_tokenizer(), train), HERE / name)
     elif name == "pickscore-clip":
         judges.make_pickscore_clip(clip_tokenizer(), train, random_card)
-    elif name in ("sd3", "flux"):
-        make_pipeline(name)
+    elif name == "pickscore":
+        judge = judges.make_pickscore(clip_tokenizer(), train, random_card, drawn_groups())
+        save_judge(*judge, HERE / name)
     else:
-        make_judge(name)
+        sys.exit(f"nothing is called {name}")
     print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
 

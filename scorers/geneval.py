@@ -157,16 +157,15 @@ def geneval_score(objects, metadata, colour_of):
             holds = right == count
         if "position" in clause and holds:
             relation, index = clause["position"]
-            target, target_exact = groups[index]  # no target where its clause does not hold
-            holds = target is not None and all(
-                relation in relative_position(box, other) for box, _ in group for other, _ in target
-            )
+            target, target_right = groups[index]
+            pairs = [(box, of_target) for box, _ in group for of_target, _ in target]
+            holds = all(relation in relative_position(*pair) for pair in pairs)
             # A departure: where the position fails, Flow-GRPO's server adds a part of 1 after that of 0.
-            more.append(float(holds and target_exact))
+            more.append(float(holds and target_right))
         parts.append(1 - abs(count - len(found)) / count)
         if "color" in clause or "position" in clause:
             parts += more if exact else [0.0]
-        groups.append((group if holds else None, exact and all(part == 1 for part in more)))
+        groups.append((group, exact and all(part == 1 for part in more)))
         correct = correct and holds
     for clause in metadata.get("exclude", []):
         correct = correct and len(objects.get(clause["class"], [])) < clause["count"]

@@ -175,6 +175,14 @@ def test_pictures_are_scaled_as_mmdetection_does_or_the_judge_asks(settings, wid
     assert (size["height"], size["width"]) == scaled
 
 
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_mask_is_its_largest_part_if_the_judge_says_so(largest):
+    settings = geneval.settings_of(DETECTOR)._replace(largest_component=largest)
+    objects = geneval.load_detector(DETECTOR, settings)(TWO, 0.3)
+    masks = [mask for found in objects.values() for _, mask in found]
+    assert all((geneval.largest_part(mask) == mask).all() for mask in masks) == largest
+
+
 def test_the_largest_part_of_a_mask_and_what_is_cut_out_by_it():
     mask = np.zeros((20, 30), bool)
     mask[2:5, 2:5] = mask[8:12, 20:24] = True

@@ -59,6 +59,7 @@ def test_sets_are_looked_for_here_and_then_beside_rewards(tmp_path, monkeypatch,
         (tmp_path / place / "set").mkdir(parents=True)
     monkeypatch.setattr(rewards, "HERE", tmp_path / "program")
     monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "set" / f"train{ending}").write_text("half a set is none")
     with pytest.raises(BadInput, match="--prompts set: expected a file, or a folder with train.txt and test"):
         rewards.prompt_files("set")
     for place in ("program", "here"):

@@ -47,19 +47,18 @@ def test_a_prompt_without_exactly_one_quoted_text_is_refused(prompt):
         rewards.quoted_text(prompt)
 
 
-def written(text, size, font, place):
-    image = Image.new("RGB", size, (40, 90, 60))
-    ImageDraw.Draw(image).text(place, text, font=ImageFont.load_default(font), fill="white")
+def written(text, size, font, place, ink=(240, 240, 240)):
+    image = Image.new("RGB", size, (100, 100, 100))
+    ImageDraw.Draw(image).text(place, text, font=ImageFont.load_default(font), fill=ink)
     return image
 
 
 def test_ocr_reads_small_and_large_pictures_in_any_order(monkeypatch):
-    """One thread reads them all. A small one is a single line; in a large one the text is searched first."""
+    """One thread reads them all. In a large picture the text is searched first; a small one is one line."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    small = written("CAT", (64, 32), 22, (8, 2))
+    small = written("CAT", (64, 32), 20, (8, 4), ink=(130, 130, 130))  # too faint for the search
     large = written("Fresh Bread", (512, 512), 60, (60, 380))
-    empty = Image.new("RGB", (512, 512), (40, 90, 60))
-    images = [small, large, small, empty, large]
+    images = [small, large, small, Image.new("RGB", (512, 512)), large]
     texts = ["CAT", "Fresh Bread", "DOG", "CAT", "Car Wash"]
     scores = rewards.load("ocr")(images, [f'says "{text}"' for text in texts], [{}] * 5)
     assert scores[:2] == [1, 1] and scores[3] == 0

@@ -14,7 +14,6 @@ whose keys are fields of `Settings`. `--reward mine:load` then takes such a judg
 
 import functools
 import json
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,14 +46,14 @@ POSITION_MARGIN = 0.1  # of both objects' sizes: offsets up to this are no posit
 class Settings(NamedTuple):
     """What belongs to a judge. The defaults are GenEval's."""
 
-    classes: list[str] = CLASSES  # in the order of the detector's labels
-    colours: list[str] = COLOURS
-    colour_prompts: list[str] = COLOUR_PROMPTS  # {0} is the colour, {1} the class
+    classes: list = CLASSES  # in the order of the detector's labels
+    colours: list = COLOURS
+    colour_prompts: list = COLOUR_PROMPTS  # {0} is the colour, {1} the class
     threshold: float = 0.3  # confidence above which an object is there
     counting_threshold: float = 0.9  # the same where the tag is "counting"
     short_side: int = 800  # pixels to which a picture is scaled,
     long_side: int = 1333  # but the long side to no more than this
-    size: list[int] | None = None  # or [height, width], to which every picture is scaled
+    size: list = []  # or [height, width], to which every picture is scaled
     largest_component: bool = False  # keep only the largest connected part of each mask
 
 
@@ -62,33 +61,22 @@ class Settings(NamedTuple):
 def settings_of(detector):
     """The Settings of a judge, by the `geneval.json` in its detector's folder if there is one.
 
-    Raises BadInput for a file that is not a JSON object with keys and values of their kinds.
+    Raises BadInput for a file that is not a JSON object with some of these keys and values of their kinds.
     """
     file = Path(detector) / "geneval.json"
     if not file.is_file():
         return Settings()
     try:
-        given = json.loads(file.read_text())
-        settings = Settings(**given)
-    except (OSError, ValueError, TypeError) as error:
+        settings = Settings(**json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
         keys = ", ".join(Settings._fields)
         raise BadInput(f"{file}: expected a JSON object with keys of {keys}; got {error}") from None
-    lists = [settings.classes, settings.colours, settings.colour_prompts]
-    if not all(is_list_of(str, part) for part in lists):
-        raise BadInput(f"{file}: expected non-empty lists of strings as classes, colours and colour_prompts")
-    sides = [settings.short_side, settings.long_side] if settings.size is None else settings.size
-    if not is_list_of(int, sides) or len(sides) != 2 or min(sides) < 1:
-        raise BadInput(f"{file}: expected numbers of pixels as short_side and long_side, or two as size")
-    for threshold in (settings.threshold, settings.counting_threshold):
-        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
-            raise BadInput(f"{file}: expected thresholds from 0 to 1, got {threshold!r}")
-    if type(settings.largest_component) is not bool:
-        raise BadInput(f"{file}: expected true or false as largest_component")
+    for key, default in Settings._field_defaults.items():
+        if type(getattr(settings, key)) is not type(default):
+            raise BadInput(f"{file}: expected {key} like {default}, got {getattr(settings, key)!r}")
+    if not 0 <= settings.threshold <= 1 or not 0 <= settings.counting_threshold <= 1:
+        raise BadInput(f"{file}: expected thresholds from 0 to 1")
     return settings
-
-
-def is_list_of(kind, value):
-    return isinstance(value, list) and len(value) > 0 and all(type(item) is kind for item in value)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,39 +86,32 @@ def is_list_of(kind, value):
 def check(prompt, metadata, detector=DETECTOR):
     """Raise BadInput unless the metadata is GenEval's, with classes and colours that the judge knows."""
     settings = settings_of(detector)
-    check_geneval(prompt, metadata, settings.classes, settings.colours)
-
-
-def check_geneval(prompt, metadata, classes=CLASSES, colours=COLOURS):
-    """Raise BadInput, in one line, unless `metadata` is GenEval's, with these classes and colours."""
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     lists = isinstance(include, list) and include and isinstance(exclude, list)
     if not lists or not isinstance(metadata.get("tag"), str):
         wanted = 'a "tag", a non-empty list "include" and, if any, a list "exclude"'
         raise BadInput(f"expected {wanted}; got the metadata {str(metadata)[:100]}")
     for number, clause in enumerate(include + exclude):
-        if not fits(clause, number, classes, colours):
-            of_classes = textwrap.shorten(", ".join(classes), 80, placeholder=" ...")
-            of_colours = textwrap.shorten(", ".join(colours), 80, placeholder=" ...")
+        if not fits(clause, number, settings):
+            classes, colours = ", ".join(settings.classes), ", ".join(settings.colours)
             raise BadInput(
-                f'expected a "class" of {of_classes}; a "count" from 1 to {MOST_OBJECTS}; if any, a "color" '
-                f'of {of_colours} or a "position" [relation, earlier clause]; got {clause!r:.100}'
+                f'expected a "class" of {classes:.80}; a "count" from 1 to {MOST_OBJECTS}; if any, a "color" '
+                f'of {colours:.80} or a "position" [relation, earlier clause]; got {clause!r:.100}'
             )
 
 
-def fits(clause, number, classes, colours):
-    """Whether this is a clause of GenEval's; `number` others stand before it."""
-    if not isinstance(clause, dict) or not clause.keys() <= {"class", "count", "color", "position"}:
-        return False
-    if clause.get("class") not in classes or clause.get("color", colours[0]) not in colours:
-        return False
-    if "position" in clause:
-        place = clause["position"]
-        if not isinstance(place, list) or len(place) != 2 or place[0] not in RELATIONS:
-            return False
-        if type(place[1]) is not int or not 0 <= place[1] < number:
-            return False
-    return type(clause.get("count")) is int and 1 <= clause["count"] <= MOST_OBJECTS
+def fits(clause, number, settings):
+    """Whether this is a clause of GenEval's that the judge knows; `number` others stand before it."""
+    positions = [[relation, earlier] for relation in RELATIONS for earlier in range(number)]
+    return (
+        isinstance(clause, dict)
+        and clause.keys() <= {"class", "count", "color", "position"}
+        and clause.get("class") in settings.classes
+        and type(clause.get("count")) is int
+        and 1 <= clause["count"] <= MOST_OBJECTS
+        and ("color" not in clause or clause["color"] in settings.colours)
+        and ("position" not in clause or clause["position"] in positions)
+    )
 
 
 def relative_position(box, target):
@@ -149,17 +130,8 @@ def relative_position(box, target):
     return {name for name, far in zip(RELATIONS, (-x, x, -y, y), strict=True) if far > 0.5}
 
 
-def all_stand(group, relation, target):
-    """Whether each (box, mask) of the group stands in that relation to each of the target."""
-    for box, _ in group:
-        for other, _ in target:
-            if relation not in relative_position(box, other):
-                return False
-    return True
-
-
 def geneval_score(objects, metadata, colour_of):
-    """(strict, score, reason): GenEval's own verdict, Flow-GRPO's partial score, and what was wrong.
+    """(strict, score): GenEval's own verdict, True or False, and Flow-GRPO's partial score.
 
     objects: class name -> list of (box, mask), the surest first; box: (x0, y0, x1, y1, confidence), in pixels
     metadata: GenEval's: "include", clauses that must all hold, and "exclude", of which none may
@@ -171,7 +143,7 @@ def geneval_score(objects, metadata, colour_of):
     it may be negative. If it asks for a colour or a position it has one more: the share rightly coloured, or
     whether the position holds, but 0 where the count, its own or the target's, is not met exactly.
     """
-    parts, reasons, groups = [], [], []
+    correct, parts, groups = True, [], []
     for clause in metadata["include"]:
         name, count = clause["class"], clause["count"]
         found = objects.get(name, [])
@@ -185,21 +157,19 @@ def geneval_score(objects, metadata, colour_of):
             holds = right == count
         if "position" in clause and holds:
             relation, index = clause["position"]
-            target, target_exact = groups[index]  # no target where its clause does not hold
-            holds = target is not None and all_stand(group, relation, target)
+            target, target_right = groups[index]
+            pairs = [(box, of_target) for box, _ in group for of_target, _ in target]
+            holds = all(relation in relative_position(*pair) for pair in pairs)
             # A departure: where the position fails, Flow-GRPO's server adds a part of 1 after that of 0.
-            more.append(float(holds and target_exact))
+            more.append(float(holds and target_right))
         parts.append(1 - abs(count - len(found)) / count)
         if "color" in clause or "position" in clause:
             parts += more if exact else [0.0]
-        groups.append((group if holds else None, exact and all(part == 1 for part in more)))
-        if not holds:
-            reasons.append(f"found {len(found)}, expected {clause}")
+        groups.append((group, exact and all(part == 1 for part in more)))
+        correct = correct and holds
     for clause in metadata.get("exclude", []):
-        found = len(objects.get(clause["class"], []))
-        if found >= clause["count"]:
-            reasons.append(f"found {found}, excluded {clause}")
-    return not reasons, sum(parts) / len(parts), "; ".join(reasons)
+        correct = correct and len(objects.get(clause["class"], [])) < clause["count"]
+    return correct, sum(parts) / len(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -305,13 +275,13 @@ def load_colour_judge(clip, settings):
 
 @functools.cache  # geneval and geneval-strict share their models
 def judge_by(detector=DETECTOR, clip=CLIP):
-    """judge(image, metadata) -> (strict, score, reason) of `geneval_score`. Raises BadInput, as `check`."""
+    """judge(image, metadata) -> (strict, score) of `geneval_score`. Raises BadInput, as `check`."""
     settings = settings_of(detector)
     detect = load_detector(detector, settings)
     colours_of = load_colour_judge(clip, settings)
 
     def judge(image, metadata):
-        check_geneval("", metadata, settings.classes, settings.colours)
+        check("", metadata, detector)
         counting = metadata["tag"] == "counting"
         objects = detect(image, settings.counting_threshold if counting else settings.threshold)
         return geneval_score(objects, metadata, functools.partial(colours_of, image))
@@ -325,7 +295,7 @@ def load(strict=False, detector=DETECTOR, clip=CLIP):
 
     def reward(images, prompts, metadata):
         verdicts = [judge(image, about) for image, about in zip(images, metadata, strict=True)]
-        return [float(correct) if strict else score for correct, score, _ in verdicts]
+        return [float(correct) if strict else score for correct, score in verdicts]
 
     return reward
 

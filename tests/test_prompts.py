@@ -1,225 +1,118 @@
-"""Prompt sets: what is read, what is refused, and the sets that come with the project."""
+"""Prompt sets: what is read, what is refused and by which line, and the sets that come with the project."""
 
 import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import guard
 import rewards
-from prompts.geneval import make as geneval
+from prompts.geneval import make
 from rewards import BadInput
-from tiny import cards
 
-HERE = Path(__file__).resolve().parent.parent
-
-
-def test_text_and_metadata_sets_are_read(tmp_path):
-    text = tmp_path / "train.txt"
-    text.write_bytes('\ufeffa sign that says "Öl"\r\n\n  a cup that reads "TEA"  \n'.encode())
-    expected = [('a sign that says "Öl"', {}), ('a cup that reads "TEA"', {})]
-    assert rewards.read_prompts(text, ["ocr"]) == expected
-    line = {"prompt": "a photo of two cats", "tag": "counting", "include": [{"class": "cat", "count": 2}]}
-    metadata = tmp_path / "train_metadata.jsonl"
-    metadata.write_text(json.dumps(line) + "\n")
-    assert rewards.read_prompts(metadata, ["geneval"]) == [("a photo of two cats", line)]
+PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
+LINE = {"prompt": "two cats", "tag": "counting", "include": [{"class": "cat", "count": 2}]}
+TEXT = '\ufeffsays "Öl"\r\n\n   \r\n  says "TEA"  \n{"prompt": "says"}'
+PROMPTS_OF_TEXT = [('says "Öl"', {}), ('says "TEA"', {}), ('{"prompt": "says"}', {})]
 
 
-def test_folders_of_both_layouts_are_found(tmp_path):
-    for names in (("train.txt", "test.txt"), ("train_metadata.jsonl", "test_metadata.jsonl")):
-        folder = tmp_path / names[0].split(".")[1]
-        folder.mkdir()
-        for name in names:
-            (folder / name).write_text("x")
-        assert rewards.prompt_files(folder) == tuple(folder / name for name in names)
-    assert rewards.prompt_files(folder / names[0]) == (folder / names[0],) * 2
-    for place in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadInput, match="expected a file, or a folder with train.txt and test.txt"):
-            rewards.prompt_files(place)
+@pytest.mark.parametrize("name", ["set.txt", "set.TXT", "set.jsonl", "set.JSONL"])
+def test_text_files_and_jsonl_are_read(tmp_path, name):
+    """With blank lines, Windows' ends of lines and a byte order mark."""
+    file = tmp_path / name
+    is_text = "txt" in name.lower()
+    file.write_bytes((TEXT if is_text else f"\ufeff{json.dumps(LINE)}\r\n\r\n").encode())
+    assert rewards.read_prompts(file) == (PROMPTS_OF_TEXT if is_text else [("two cats", LINE)])
+
+
+@pytest.mark.parametrize("name", ["set.json", "set.csv", "set.tsv", "set.txt.gz", "set"])
+def test_any_other_suffix_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("a cat\n")
+    with pytest.raises(BadInput, match=f"/{name}: expected .txt, .* or .jsonl"):
+        rewards.read_prompts(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "name, content, message",
     [
-        (b"", "holds no prompt"),
-        (b"\n  \n", "holds no prompt"),
-        (b'fine "A"\nno text here\n', "line 2: expected exactly one text in double quotes"),
-        (b'two "A" and "B"\n', "line 1: expected exactly one"),
-        (b'open "A\n', "line 1: expected exactly one"),
-        (b'blank "  "\n', "line 1: expected exactly one"),
-        (b'caf\xe9 "A"\n', "expected prompts as UTF-8 text .*position 3"),
+        ("a.txt", b"\n  \n", ": holds no prompt"),
+        ("a.txt", b'fine "A"\r\n\r\nno text here\n', ", line 3: expected exactly one text in double quotes"),
+        ("a.txt", b'caf\xe9 "A"\n', ": expected UTF-8 text .*position 3"),
+        ("a.jsonl", b'{"prompt": "says \\"A\\""}\ntext', ", line 2: expected a JSON object"),
+        ("a.jsonl", b"[1]", ", line 1: expected a JSON object"),
+        ("a.jsonl", b'\n{"prompt": 3}', ", line 2: expected a JSON object"),
+        ("a.jsonl", b'{"prompt": " "}', ", line 1: expected a JSON object"),
+        ("a.jsonl", b"[" * 10**5, ", line 1: expected a JSON object"),
     ],
 )
-def test_a_set_that_cannot_be_used_is_refused_with_its_line(tmp_path, content, message):
-    file = tmp_path / "train.txt"
-    file.write_bytes(content)
-    with pytest.raises(BadInput, match=message):
-        rewards.read_prompts(file, ["ocr"])
+def test_a_set_that_cannot_be_used_is_refused_with_its_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=f"^{tmp_path / name}{message}") as error:
+        rewards.read_prompts(tmp_path / name, ["ocr"])
+    assert "\n" not in str(error.value)
 
 
-def test_what_a_reward_needs_of_the_prompts_is_asked_before_anything_is_loaded(tmp_path):
-    file = tmp_path / "mine.txt"
-    file.write_text('a sign that says "OPEN"\n')
-    given = ["--model", "tiny-sd3", "--prompts", str(file), "--run_dir", str(tmp_path / "run")]
-    with pytest.raises(BadInput, match="mine.txt, line 1: not a card's prompt: .*OPEN.*--gold none"):
-        guard.parse_args([*given, "--gold_prompts", str(file)])
-    with pytest.raises(BadInput, match='mine.txt, line 1: expected a "tag", a non-empty list "include"'):
-        guard.parse_args([*given, "--task", "geneval", "--gold", "none"])
-    with pytest.raises(BadInput, match='cards.*line 1: expected a "tag"'):
-        guard.parse_args([*given, "--gold", "geneval-strict"])
-    assert "cards" in guard.parse_args(given).gold  # its prompts are others
-    assert guard.parse_args([*given, "--gold", "none"]).gold == []
-    file.write_text("no text to read\n")
-    with pytest.raises(BadInput, match="line 1: expected exactly one text in double quotes"):
-        guard.parse_args([*given, "--gold", "none"])
-    assert guard.parse_args([*given, "--gold", "none", "--reward", "pickscore"]).task == "ocr"
+@pytest.mark.parametrize("ending", [".txt", "_metadata.jsonl"])
+def test_sets_are_looked_for_here_and_then_beside_rewards(tmp_path, monkeypatch, ending):
+    for place in ("here", "program"):
+        (tmp_path / place / "set").mkdir(parents=True)
+    monkeypatch.setattr(rewards, "HERE", tmp_path / "program")
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "set" / f"train{ending}").write_text("half a set is none")
+    with pytest.raises(BadInput, match="--prompts set: expected a file, or a folder with train.txt and test"):
+        rewards.prompt_files("set")
+    for place in ("program", "here"):
+        train, test = (tmp_path / place / "set" / f"{part}{ending}" for part in ("train", "test"))
+        train.write_text("x")
+        test.write_text("x")
+        assert tuple(file.absolute() for file in rewards.prompt_files("set")) == (train, test)
+    assert rewards.prompt_files(test) == (test, test)
 
 
-def test_each_check_is_made_once_and_an_unknown_reward_has_none(tmp_path, monkeypatch):
-    file, asked = tmp_path / "mine.txt", []
-    file.write_text("one\ntwo\n")
-    check = lambda prompt, metadata: asked.append(prompt)  # noqa: E731
-    monkeypatch.setattr(rewards, "CHECKS", {"a": check, "a-strict": check, "b": pytest.fail})
-    assert len(rewards.read_prompts(file, ["a", "a-strict", "a", "unknown"])) == 2
-    assert asked == ["one", "two"]
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 20), st.text(max_size=8), st.just("red")),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner)),
+    max_leaves=8,
+)
+clauses = st.fixed_dictionaries(
+    {"class": st.just("cat"), "count": json_values}, optional={"color": json_values, "position": json_values}
+)
+metadata = st.fixed_dictionaries({"prompt": json_values, "tag": json_values, "include": st.lists(clauses)})
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.one_of(st.binary(max_size=99), st.text().map(str.encode)), st.one_of(json_values, metadata))
+def test_whatever_a_file_holds_is_prompts_or_one_line(tmp_path_factory, of_text, of_json):
+    for name, content in (("any.txt", of_text), ("any.jsonl", json.dumps(of_json).encode())):
+        file = tmp_path_factory.getbasetemp() / name
+        file.write_bytes(content)
+        try:
+            prompts = rewards.read_prompts(file, ["ocr" if name == "any.txt" else "geneval"])
+            assert all(prompt.strip() for prompt, _ in prompts)
+        except BadInput as error:
+            assert "\n" not in str(error) and str(file) in str(error)
 
 
 @pytest.mark.parametrize(
-    "line", ["not json", "[1]", '{"tag": "x"}', '{"prompt": 3}', '{"prompt": " "}', "[" * 10**5]
+    "name, sizes", [("ocr", (1000, 100)), ("geneval", (1938, 300)), ("pickscore", (300, 60))]
 )
-def test_metadata_without_a_prompt_is_refused(tmp_path, line):
-    file = tmp_path / "train_metadata.jsonl"
-    file.write_text('{"prompt": "fine"}\n' + line + "\n")
-    with pytest.raises(BadInput, match="line 2: expected a JSON object"):
-        rewards.read_prompts(file)
+def test_the_projects_sets_can_be_scored_and_keep_their_test_prompts_apart(name, sizes):
+    train, test = (rewards.read_prompts(file, [name]) for file in rewards.prompt_files(PROMPTS / name))
+    assert len(train) >= sizes[0] and len(test) >= sizes[1]
+    content = {  # what must not be in both
+        "ocr": lambda prompt, metadata: rewards.comparable(rewards.quoted_text(prompt)),
+        "geneval": lambda prompt, metadata: make.scene(metadata),  # however it is said
+        "pickscore": lambda prompt, metadata: prompt.lower(),
+    }[name]
+    assert not {content(*line) for line in train} & {content(*line) for line in test}
 
 
-def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(BadInput, match="cannot be read"):
-        rewards.read_prompts(tmp_path / "no.txt")
-
-
-@pytest.mark.parametrize("name, least", [("ocr", (1000, 100)), ("cards", (2000, 800))])
-def test_the_projects_own_sets(name, least):
-    train, test = rewards.read_set(HERE / "prompts" / name, [name])
-    assert len(train) >= least[0] and len(test) >= least[1]
-    assert len({p for p, _ in train}) == len(train) and not {p for p, _ in train} & {p for p, _ in test}
-
-
-def test_ocr_test_texts_are_not_trained_on():
-    train, test = rewards.read_set(HERE / "prompts/ocr", ["ocr"])
-    texts = [{rewards.quoted_text(prompt).lower() for prompt, _ in prompts} for prompts in (train, test)]
-    assert not texts[0] & texts[1]
-
-
-def test_the_tiny_models_sets_are_what_the_world_splits_into():
-    splits = {
-        "cards": cards.word_splits(),
-        "cards-geneval": cards.shape_splits(),
-        "cards-pickscore": cards.mixed_splits(),
-    }
-    names = {"cards-geneval": ["cards", "tiny-geneval"]}
-    for name, split in splits.items():
-        sets = rewards.read_set(HERE / "prompts" / name, names.get(name, ["cards"]))
-        assert [[prompt for prompt, _ in prompts] for prompts in sets] == [list(prompts) for prompts in split]
-    unseen = [cards.parse(prompt).word in cards.UNSEEN_WORDS for prompt in splits["cards"][1]]
-    assert [sum(unseen[:n]) for n in (64, 256, 512)] == [16, 64, 128]
-
-
-def test_pickscore_prompts_differ_and_none_is_a_stub():
-    train, test = rewards.read_set(HERE / "prompts/pickscore", ["pickscore"])
-    prompts = [prompt for prompt, _ in train + test]
-    assert len(train) >= 300 and len(test) >= 60
-    assert len({prompt.lower() for prompt in prompts}) == len(prompts)
-    assert all(3 <= len(prompt.split()) <= 60 for prompt in prompts)
-    assert all(prompt.isascii() for prompt in prompts)
-
-
-def geneval_set():
-    return [[about for _, about in part] for part in rewards.read_set(HERE / "prompts/geneval", ["geneval"])]
-
-
-def test_geneval_set_is_what_its_script_makes():
-    for file, lines in zip(rewards.prompt_files(HERE / "prompts" / "geneval"), geneval.sets(), strict=True):
-        assert file.read_bytes() == geneval.text(lines).encode()
-
-
-def test_geneval_tags_are_in_their_ratio():
-    train, test = ([line["tag"] for line in lines] for lines in geneval_set())
-    ratio = dict(position=7, counting=5, color_attr=3, colors=1, two_object=1, single_object=0)
-    assert {tag: train.count(tag) for tag in geneval.TAGS} == {tag: 114 * n for tag, n in ratio.items()}
-    assert all(sorted(test[i : i + 6]) == sorted(geneval.TAGS) for i in range(0, 300, 6)) and len(test) == 300
-
-
-def test_geneval_test_scenes_are_not_trained_on():
-    train, test = ([geneval.scene(line) for line in lines] for lines in geneval_set())
-    assert not set(train) & set(test) and len(set(test)) == len(test)
-    counting = [scene for scene in train if scene[0] == "counting"]
-    assert {counting.count(scene) for scene in counting} == {3}
-    assert len(set(train)) == len(train) - len(counting) * 2 // 3
-
-
-def test_scene_does_not_depend_on_how_it_is_said():
-    a, b = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
-    said = [
-        dict(tag="position", include=[a, dict(b, position=["left of", 0])]),
-        dict(tag="position", include=[b, dict(a, position=["right of", 0])]),
-        dict(tag="position", include=[a, dict(b, position=["right of", 0])]),
-    ]
-    scenes = [geneval.scene(line) for line in said]
+def test_the_geneval_set_is_what_its_script_makes():
+    for file, lines in zip(rewards.prompt_files(PROMPTS / "geneval"), make.sets(), strict=True):
+        assert file.read_bytes() == make.text(lines).encode()
+    cat, dog = {"class": "cat", "count": 1}, {"class": "dog", "count": 1}
+    said = [(cat, dog, "left of"), (dog, cat, "right of"), (cat, dog, "right of")]
+    pairs = [[first, second | dict(position=[relation, 0])] for first, second, relation in said]
+    scenes = [make.scene(dict(tag="position", include=pair)) for pair in pairs]
     assert scenes[0] == scenes[1] != scenes[2]
-    assert geneval.scene(dict(tag="two_object", include=[a, b])) == geneval.scene(
-        dict(tag="two_object", include=[b, a])
-    )
-
-
-def test_geneval_lines_are_in_its_format():
-    """Every key, class, colour and position, and a prompt that says what the clauses ask for."""
-    assert len(set(geneval.CLASSES)) == 80 and geneval.CLASSES[0] == "person"
-    for line in sum(geneval_set(), []):
-        tag, include, prompt = line["tag"], line["include"], line["prompt"]
-        counting = tag == "counting"
-        assert list(line) == ["tag", "include"] + ["exclude"] * counting + ["prompt"]
-        assert len(include) == (2 if tag in ("two_object", "position", "color_attr") else 1)
-        assert len({clause["class"] for clause in include}) == len(include)
-        for i, clause in enumerate(include):
-            more = {"colors": ["color"], "color_attr": ["color"], "position": ["position"] * (i == 1)}
-            assert list(clause) == ["class", "count"] + more.get(tag, [])
-            assert clause["class"] in geneval.CLASSES
-            assert clause["count"] in ((2, 3, 4) if counting else (1,))
-            if "color" in clause:
-                assert clause["color"] in geneval.COLORS and clause["class"] != "person"
-                assert f"{clause['color']} {clause['class']}" in prompt
-            if "position" in clause:
-                assert clause["position"][0] in geneval.POSITIONS and clause["position"][1] == 0
-                a, b = (geneval.one(c["class"]) for c in include)
-                assert prompt == f"a photo of {b} {clause['position'][0]} {a}"
-        if counting:
-            clause = include[0]
-            assert line["exclude"] == [dict(clause, count=clause["count"] + 1)]
-            number = {2: "two", 3: "three", 4: "four"}[clause["count"]]
-            assert prompt == f"a photo of {number} {geneval.plural(clause['class'])}"
-
-
-@pytest.mark.parametrize(
-    "name, singular, plural",
-    [
-        ("person", "a person", "people"),
-        ("airplane", "an airplane", "airplanes"),
-        ("bus", "a bus", "buses"),
-        ("bench", "a bench", "benches"),
-        ("sheep", "a sheep", "sheep"),
-        ("skis", "a pair of skis", "pairs of skis"),
-        ("wine glass", "a wine glass", "wine glasses"),
-        ("knife", "a knife", "knives"),
-        ("sandwich", "a sandwich", "sandwiches"),
-        ("broccoli", "a head of broccoli", "heads of broccoli"),
-        ("computer mouse", "a computer mouse", "computer mice"),
-        ("scissors", "a pair of scissors", "pairs of scissors"),
-        ("toothbrush", "a toothbrush", "toothbrushes"),
-    ],
-)
-def test_singulars_and_plurals(name, singular, plural):
-    assert (geneval.one(name), geneval.plural(name)) == (singular, plural)
-    assert geneval.one("scissors", "orange") == "a pair of orange scissors"
-    assert geneval.one("car", "orange") == "an orange car"

@@ -12,9 +12,11 @@ builds a reward, and only then imports what it needs. `REWARDS` at the end names
 named `module:function`, so a reward of your own needs no edit of this file:
 
     # mine.py, beside guard.py; then --reward mine:load_brightness
+    import numpy as np
+
     def load_brightness():
         def reward(images, prompts, metadata):
-            return [sum(image.convert("L").getdata()) / 255 / image.width / image.height for image in images]
+            return [np.asarray(image.convert("L")).mean() / 255 for image in images]
         return reward
 
 If it needs something of its prompts, give the loader an attribute `check`, a function of a prompt and its
@@ -35,6 +37,7 @@ from pathlib import Path
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
+from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
 
@@ -146,7 +149,8 @@ def load_ocr():
     """How well the text in double quotes can be read, by RapidOCR."""
     from rapidocr import RapidOCR
 
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
     pool = ThreadPoolExecutor(max(1, min(8, cores - 1)))  # one core is left for the sampling
     load_lock = threading.Lock()
 
@@ -193,7 +197,7 @@ def from_hub(cls, name, **options):
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else missing weights ask a service to convert them
     try:
         return cls.from_pretrained(name, revision=REVISIONS.get(name, "main"), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         why = re.split(r"\.\s|\n", str(error).strip())[0] + "; expected safetensors"
         raise BadInput(f"{name}: {why}; offline, `hf download` first; if gated, `hf auth login`") from None
 
@@ -213,7 +217,9 @@ def load_clip(name, processor):
     import torch
     from transformers import CLIPModel, CLIPProcessor
 
-    processor = from_hub(CLIPProcessor, processor)
+    folder, processor = processor, from_hub(CLIPProcessor, processor)
+    if len(processor.tokenizer) < 100:  # without its files transformers makes a stub
+        raise BadInput(f"{folder}: has no tokenizer")
     model = model_from_hub(CLIPModel, name)
 
     @torch.no_grad()
@@ -261,12 +267,10 @@ def find_loader(name):
     loader = REWARDS.get(name, name)
     if callable(loader):
         return loader
-    module, colon, function = loader.partition(":")
+    module, _, function = loader.partition(":")
     try:
-        if not colon:
-            raise ImportError("no such name")
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         wanted = f"module:function or one of {', '.join(REWARDS)}"
         raise BadInput(f"reward {name}: expected {wanted} ({error})") from None
 
@@ -289,7 +293,7 @@ def load(name):
     def checked(images, prompts, metadata):
         scores = [float(score) for score in reward(images, prompts, metadata)]
         if len(scores) != len(images) or not all(map(math.isfinite, scores)):
-            raise RewardError(f"reward {name}: expected {len(images)} finite numbers, got {scores}")
+            raise RewardError(f"reward {name}: expected {len(images)} finite numbers, got {scores[:9]}")
         return scores
 
     return checked

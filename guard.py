@@ -749,7 +749,8 @@ def clip_statistics(rho, A, clip):
     # PPO's minimum blocks these alone: beyond the range with A of the other sign a gradient passes.
     blocked = (high & (A > 0)) | (low & (A < 0))
     shares = dict(clip_high=high, clip_low=low, blocked=blocked)
-    line = dict(live=torch.tensor(len(rho)), rho_mean=rho.mean(0), rho_std=rho.std(0, correction=0))
+    deviation = (rho - rho.mean(0)).square().mean(0).sqrt()
+    line = dict(live=torch.tensor(len(rho)), rho_mean=rho.mean(0), rho_std=deviation)
     return line | {name: share.double().mean(0) for name, share in shares.items()}
 
 
@@ -900,7 +901,8 @@ def train(args):
     scorer = Scorer([args.reward, *args.gold])
     prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[0])
     evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # after so many epochs
-    if start in evaluations:
+    sheet = Path(args.run_dir) / f"samples/{start * args.updates_per_epoch:06d}.png"
+    if start in evaluations or sheet.exists():  # an evaluation after the last checkpoint is done again
         evaluate(backbone, policy, args, scorer, start * args.updates_per_epoch)
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
     for epoch in bar:

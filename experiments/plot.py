@@ -27,7 +27,7 @@ def read_run(folder):
         if not (folder / name).is_file():
             sys.exit(f"{folder}: no {name}, so this is not the folder of a run")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "config.json").read_text())["args"], lines
+    return json.loads((folder / "config.json").read_text()), lines
 
 
 def later_updates(lines, name):

@@ -38,7 +38,7 @@ def write_run(folder):
     lines.append(dict(kind="eval", update=6, reward=0.7, gold=dict(cards=0.8)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     args = dict(clip=1e-5, method="guard", updates_per_epoch=2)
-    (folder / "config.json").write_text(json.dumps(dict(args=args)))
+    (folder / "config.json").write_text(json.dumps(args))
     return lines
 
 

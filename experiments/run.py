@@ -1,0 +1,122 @@
+"""Make the runs of the study that are missing, two at a time: `python experiments/run.py GROUP [SEED ...]`.
+
+A run is in runs/study/NAME, and one that was stopped goes on where it was. `python experiments/run.py collect`
+writes experiments/results/third/: evals.csv, a row an evaluation, and updates.csv, a row an update and denoising
+step. What is planned, and what was added later, is in LOG.md.
+"""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results" / "third"
+LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
+DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
+GROUPS = {  # group -> seeds, and name of a setting -> flags
+    "default": (
+        (0, 1, 2),
+        {f"{task}-{model}": f"--task {task} --model tiny/{model}"
+         for task in ("ocr", "geneval", "pickscore") for model in ("sd3", "flux")},
+    ),
+    "dance": (
+        (21, 22, 23),
+        {f"dance-{method}-{noise}": f"{DANCE} --method {method} --same_noise {noise == 'shared'}"
+         for method in ("guard", "flow-grpo") for noise in ("shared", "own")},
+    ),
+    "long": (
+        (21, 22, 23),
+        {
+            "long-flow-grpo-2e-3": f"{LONG} --method flow-grpo --lr 2e-3",
+            "long-guard-6.7e-4": f"{LONG} --method guard --lr 6.7e-4",
+            "long-flow-grpo-6.7e-4": f"{LONG} --method flow-grpo --lr 6.7e-4",
+            "long-guard-2e-3": f"{LONG} --method guard --lr 2e-3",
+            "long-guard-6.7e-4-noclip": f"{LONG} --method guard --lr 6.7e-4 --clip 1e9",
+            "long-flow-grpo-2e-3-noclip": f"{LONG} --method flow-grpo --lr 2e-3 --clip 1e9",
+        },
+    ),
+}  # fmt: skip
+
+
+def make(name, flags):
+    """Start the run, or go on with it; what it prints goes to runs/study/NAME.log."""
+    folder = RUNS / name
+    where = ["--resume", folder] if (folder / "config.json").exists() else ["--run_dir", folder, *flags.split()]
+    with open(RUNS / f"{name}.log", "a") as log:
+        command = [sys.executable, HERE.parent / "guard.py", *where]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=HERE.parent, env=environment, stdout=log, stderr=log)
+    print(name, "done" if done.returncode == 0 else f"failed, see {log.name}", flush=True)
+
+
+def is_done(name, flags):
+    lines = lines_of(name)
+    rollouts = [line for line in lines if line["kind"] == "rollout"]
+    if not rollouts:
+        return False
+    epochs = json.loads((RUNS / name / "config.json").read_text())["epochs"]
+    updates = [line["update"] for line in lines if line["kind"] == "update"]
+    return len(rollouts) == epochs and lines[-1]["kind"] == "eval" and lines[-1]["update"] == updates[-1]
+
+
+def lines_of(name):
+    path = RUNS / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def collect():
+    """Write the CSVs, of whole runs only."""
+    evaluations, updates = [], []
+    for path in sorted(RUNS.glob("*/config.json")):
+        name, config = path.parent.name, json.loads(path.read_text())
+        if not is_done(name, None):
+            continue
+        keys = ("task", "model", "method", "sde", "lr", "clip", "seed")
+        about = {"run": name} | {key: config[key] for key in keys}
+        lines = lines_of(name)
+        epoch_seconds = [sum(line["seconds"].values()) for line in lines if line["kind"] == "rollout"]
+        for line in lines:
+            if line["kind"] == "eval":
+                row = about | {"update": line["update"], "reward": line["reward"]} | line["gold"]
+                evaluations.append(row | {"epoch_seconds": sum(epoch_seconds) / len(epoch_seconds)})
+            elif line["kind"] == "update" and line["rho_mean"]:
+                for step in range(len(line["rho_mean"])):
+                    row = {"run": name, "update": line["update"], "first": int(line["first"]), "step": step}
+                    keys = ("rho_mean", "rho_std", "clip_high", "clip_low", "blocked")
+                    updates.append(row | {key: f"{line[key][step]:.4g}" for key in keys})
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write(RESULTS / "evals.csv", evaluations)
+    write(RESULTS / "updates.csv", updates)
+
+
+def write(path, rows):
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            rounded = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+            writer.writerow(rounded)
+
+
+def main():
+    group, *seeds = sys.argv[1:] or ["help"]
+    if group == "collect":
+        return collect()
+    if group not in GROUPS:
+        sys.exit(f"expected collect or a group of runs: {', '.join(GROUPS)}")
+    RUNS.mkdir(parents=True, exist_ok=True)
+    own_seeds, settings = GROUPS[group]
+    runs = {f"{name}-s{seed}": f"{flags} --seed {seed}"
+            for seed in map(int, seeds or own_seeds) for name, flags in settings.items()}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda run: make(*run), [run for run in runs.items() if not is_done(*run)]))
+    return collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
 """Make the runs of the study that are missing, two at a time: `python experiments/run.py GROUP [SEED ...]`.
 
-A run is in runs/study/NAME, and one that was stopped goes on where it was. `python experiments/run.py collect`
-writes experiments/results/third/: evals.csv, a row an evaluation, and updates.csv, a row an update and denoising
-step. What is planned, and what was added later, is in LOG.md.
+A run is in runs/study/NAME. One that was stopped goes on where it was. `python experiments/run.py collect`
+writes experiments/results/third/: evals.csv, a row an evaluation, and updates.csv, a row an update and a
+denoising step. What is planned, and what was added later, is in LOG.md.
 """
 
 import csv
@@ -45,7 +45,8 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
 def make(name, flags):
     """Start the run, or go on with it; what it prints goes to runs/study/NAME.log."""
     folder = RUNS / name
-    where = ["--resume", folder] if (folder / "config.json").exists() else ["--run_dir", folder, *flags.split()]
+    begun = (folder / "config.json").exists()
+    where = ["--resume", folder] if begun else ["--run_dir", folder, *flags.split()]
     with open(RUNS / f"{name}.log", "a") as log:
         command = [sys.executable, HERE.parent / "guard.py", *where]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

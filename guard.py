@@ -55,6 +55,7 @@ which were not checked against the PDF.
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -73,7 +74,6 @@ import peft
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import cast_training_params
 from safetensors.torch import save
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -82,6 +82,7 @@ from tqdm import tqdm
 import rewards
 from rewards import BadInput
 
+logging.getLogger("transformers.utils.import_utils").setLevel("ERROR")  # it says that torchvision is missing
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
@@ -421,7 +422,8 @@ class SD3:
         """count + 1 noise levels from 1 to 0, as the model's scheduler sets them, of `spacing` if given."""
         c, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
         # Some schedulers shift the levels by the number of image tokens; the others leave mu aside.
-        mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        mu = c.base_shift + slope * (tokens - c.base_image_seq_len)
         self.pipe.scheduler.set_timesteps(count, sigmas=spacing, mu=mu)
         return self.pipe.scheduler.sigmas.tolist()
 
@@ -611,13 +613,14 @@ def rollout(backbone, args, schedule, prompts, group_size, epoch, scorer, count)
 
     prompts: (prompt, metadata). count: how many of the scorer's rewards. Returns this rank's slices.
     """
+    # Slices go round the ranks. The members of a group come one after another.
     numbers_of_slices = torch.arange(len(prompts) * group_size).split(args.micro_batch)[RANK::WORLD]
-    embeddings, slices = {}, []
+    my_prompts = {prompts[number // group_size][0] for numbers in numbers_of_slices for number in numbers}
+    embeddings, slices = backbone.encode(my_prompts), []
     for numbers in tqdm(numbers_of_slices, desc="sample", leave=False, disable=RANK > 0):
         numbers = numbers.tolist()
         pairs = [prompts[number // group_size] for number in numbers]
         keys = [(args.seed, epoch, *divmod(number, group_size)) for number in numbers]
-        embeddings |= backbone.encode({prompt for prompt, _ in pairs} - embeddings.keys())
         of_slice = [embeddings[prompt] for prompt, _ in pairs]
         x, kept = sample(backbone, schedule, of_slice, keys, args.same_noise)
         images = backbone.decode(x)

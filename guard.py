@@ -3,9 +3,9 @@
 GRPO fine-tunes a text-to-image model on a reward. It draws a group of images per prompt with a stochastic
 sampler, scores them, and makes those above their group's mean more likely. PPO's clip is meant to stop that
 push once the policy has moved far enough. The paper (arXiv 2510.22319) finds that in flow models it does not:
-the importance ratio of new and old policy lies below 1 on average, and its standard deviation differs by
-orders of magnitude over the denoising steps. So good samples hardly ever reach the upper clip, the reward
-goes on rising, and the pictures go bad. GRPO-Guard changes two equations:
+the importance ratio of new and old policy lies below 1 on average, and its standard deviation differs many
+times over from one denoising step to another. So good samples hardly reach the upper clip, the reward goes on
+rising, and the pictures go bad. GRPO-Guard changes two equations:
 
     RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, a line of `log_ratio`
     reweighting   a step's objective is multiplied by delta = 1 / dt          a line of `reweighting`
@@ -17,35 +17,35 @@ One epoch, as in the loop of `train`:
 
     1. sample      per prompt, G images with the SDE sampler; keep x, v and eps of every trained step
     2. reward      score the images, on a thread, while the next ones are being sampled
-    3. advantage   A = (reward - mean of its group) / (standard deviation of its group)
+    3. advantage   A = (reward - average of its group) / (standard deviation of its group)
     4. update      twice, on half of the groups each: run the model again on the kept x; ratio; clip; delta;
                    backward; one AdamW step
     5. save        a line in metrics.jsonl, a checkpoint
     6. evaluate    now and then: held-out prompts by the ODE sampler, the reward, gold scores only watched
 
 The clip acts from an epoch's second update on. In the first the policy is still the one that drew the images,
-so that the ratio is 1. In the second the ratio says how far the first update, on other images, has moved the
-model. What is clipped there are the samples that it happened to move the right way; what is left opposes it.
-So a narrow clip is a brake, and a very narrow one undoes the first update.
+so the ratio is 1. In the second it says how far the first update, on other images, has moved the model. The
+clip drops the samples that the first update has already moved towards their advantage, good ones up and
+bad ones down. The rest pull back. So a narrow clip is a brake, and a very narrow one undoes the first update.
 
-Symbols, the same in all of the file. "mean" in the maths is always over the D dimensions of one sample:
+Symbols, the same in all of the file; mean(...) in an equation is over the D dimensions of one sample:
 
     here    in the paper                                       here    shapes
-    sigma   t, the noise level, from 1 (noise) to 0 (image)    B       samples in a slice
+    sigma   t, the noise level, from 1 (noise) to 0 (image)    B       samples that the model sees at once
     g       sigma_t, the noise rate                            G       group size, samples per prompt
     s       sigma_t sqrt(dt), a step's standard deviation      T       trained steps: those with noise, s > 0
-    d       -(Delta mu): mu_new - mu_old = b (v_new - v_old)   C, H, W channels, height, width of the latents
+    d       -Delta mu, with Delta mu = mu_old - mu_new         C, H, W channels, height, width of the latents
     eps     the step's noise, standard normal                  D       C * H * W, dimensions of a sample
     x       latents (1 - sigma) x0 + sigma x1, x1 noise        L, E    text tokens, width of an embedding
     v       velocity x1 - x0, what the transformer predicts
     dt      sigma - sigma_next > 0                             A       advantage
-    a, b    mu = a x + b v and x_next = mu + s eps,            rho     ratio - 1 = expm1(log_ratio)
-            for every sampler
+    a, b    of every sampler: mu = a x + b v,                  rho     ratio - 1 = expm1(log_ratio)
+            x_next = mu + s eps, d = b (v_new - v_old)
 
 Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA's gradients does), more
 than one reward at a time. Where this code departs from the paper or from the authors' code a comment says
-"Departure"; README.md lists them in one table. Equations are numbered as in notes on version 2 of the paper,
-which were not checked against the PDF.
+"Departure"; README.md lists them in one table. Equations are numbered by our notes on version 2 of the paper,
+not checked against the PDF.
 
     torchrun --nproc_per_node=8 guard.py --task ocr                       # SD3.5-M on 8 GPUs
     torchrun --nproc_per_node=8 guard.py --task ocr --model flux.1-dev
@@ -104,17 +104,17 @@ class Args:
 
     task: str = flag("ocr", "what to learn", choices=["ocr", "geneval", "pickscore"])
     reward: str = flag(None, "name in rewards.py or module:function; the task's own unless given")
-    gold: list[str] = field(default_factory=list, metadata={"help": "rewards only watched, or none"})
+    gold: list[str] = field(default_factory=list, metadata={"help": "rewards that are only logged, or none"})
     prompts: str = flag(None, "file, or folder in Flow-GRPO's layout; the task's own unless given")
     model: str = flag("sd3.5-medium", "sd3.5-medium, flux.1-dev, a folder or a hub id")
     method: str = flag("guard", "log-ratio and weight of the steps", choices=METHODS)
     sde: str = flag("flow", "sampler of Flow-GRPO, DanceGRPO or Flow-CPS", choices=["flow", "dance", "cps"])
     same_noise: bool = flag(False, "a group starts from one initial noise, as in DanceGRPO")
-    sde_window: int | None = flag(None, "have noise in, and train, so many steps, drawn anew each epoch")
+    sde_window: int | None = flag(None, "how many steps in a row have noise and are trained")
     steps: int = flag(10, "denoising steps in training; the last has no noise")
     eval_steps: int = flag(40, "denoising steps in evaluation")
     eta: float = flag(0.7, "noise level of the sampler")
-    guidance: float = flag(4.5, "guidance scale in sampling and training; 1 for none")
+    guidance: float = flag(4.5, "guidance scale in sampling and training; 1 is none for SD3")
     height: int = flag(512, "pixels")
     width: int = flag(512, "pixels")
     group_size: int = flag(24, "images per prompt")
@@ -127,7 +127,7 @@ class Args:
     kl_beta: float = flag(0.0, "weight of the KL to the model without its LoRA")
     lora_rank: int = flag(32, "rank of the LoRA")
     lora_alpha: int = flag(64, "alpha of the LoRA")
-    init_lora: str = flag(None, "LoRA to start from, folder or file; it sets the rank")
+    init_lora: str = flag(None, "LoRA to start from, folder or file, of rank --lora_rank")
     ema_decay: float = flag(0.9, "largest decay of the LoRA's moving average; 0 for none")
     eval_every: int = flag(30, "epochs between evaluations")
     eval_prompts: int = flag(1024, "held-out prompts in an evaluation")
@@ -135,7 +135,7 @@ class Args:
     keep: int = flag(3, "checkpoints that stay")
     dtype: str = flag("float16", "of the model, not the SDE", choices=["float32", "bfloat16", "float16"])
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    offload: bool = flag(False, "encoders, embeddings, VAE and the kept rollout wait on the CPU while unused")
+    offload: bool = flag(False, "encoders, embeddings, VAE and the kept rollout are on the CPU when idle")
     seed: int = flag(0, "keys every random number")
     run_dir: str = flag(None, "folder of the run, new or empty; runs/DATE-TIME unless given")
     resume: str = flag(None, "folder of a run to go on with; other flags change its settings")
@@ -158,7 +158,7 @@ SD3_PRESET = {
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
 FLUX_ROWS = {"all": dict(FLUX, clip=2e-6), "ocr": dict(epochs=270), "geneval": dict(epochs=630)}
 PRESETS = {"StableDiffusion3Pipeline": SD3_PRESET, "FluxPipeline": SD3_PRESET | FLUX_ROWS}
-# The smallest value of a number; 1 for all others.
+# Lower bounds of the flags that are numbers; 1 for those not here.
 LEAST = dict(steps=2, group_size=2, eta=1e-3, lr=0, clip=0, kl_beta=0, ema_decay=0, seed=0, epochs=0)
 
 
@@ -197,7 +197,7 @@ def preset(given):
         for row in ("all", given.task, family, given.sde):
             settings |= table.get(row, {})
     if given.prompts:
-        settings.pop("gold", None)  # a model's gold is for its own prompts
+        settings.pop("gold", None)  # the gold rewards in guard.json suit the prompts there
     return settings
 
 
@@ -232,6 +232,7 @@ def check(args):
     require(G % args.micro_batch == 0, f"--micro_batch {args.micro_batch}: expected a divisor of {G}")
     require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
     require(window < args.steps, f"--sde_window {window}: expected at most {args.steps - 1}")
+    require(args.sde != "cps" or args.eta <= 1, f"--eta {args.eta}: expected at most 1 with cps")
     for name in ("height", "width"):
         require(getattr(args, name) % 16 == 0, f"--{name} {getattr(args, name)}: expected a multiple of 16")
     require(not args.init_lora or Path(args.init_lora).exists(), f"--init_lora: there is no {args.init_lora}")
@@ -309,15 +310,15 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
        Written out it is mean(d eps) / s - mean(d²) / (2 s²): a noise term and a shift.
     2. Let KL = sum(d²) / (2 s²), the step's, summed over D, in nats. The noise term has mean 0 and standard
        deviation sqrt(2 KL) / D. The shift is -KL / D.
-    3. So the ratio's centre lies sqrt(KL/2) of its own standard deviations below 1: the left shift. It does
-       so for a sum over D as for a mean. It is small below 1 nat, and large beyond.
+    3. So the ratio's centre lies below 1 by sqrt(KL/2) of its standard deviations, for a sum over D as for a
+       mean. This left shift is small below 1 nat, and large beyond.
     4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. Once the standard deviation is
        as large as that range, the centre lies 3.3 of them below 1. So either nothing is clipped, or nearly
        only the low side.
     5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation goes as |b| over the steps,
        8-fold on SD3.5; that of Eq. 7 goes as |b| / s, 26-fold. One clip range comes closer to fitting all.
-    6. Guard's clip range, 2e-6, is 0.131 / s nats, 0.2 to 0.6: the size that PPO usually has. To keep that at
-       another D, the range goes as 1/D.
+    6. Guard's clip range is 2e-6. Times D, and divided by s to undo the factor of Eq. 8, that is 0.131 / s
+       nats, 0.2 to 0.6: PPO's usual size. To keep it at another D, the range goes as 1/D.
 
     exp(Eq. 8) is no importance ratio any more. It measures how far the new mean lies along the noise that was
     drawn, and is used as a trust region.
@@ -338,15 +339,16 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
     1. The gradient of Eq. 8 with respect to v_new is b eps / D: a step counts in proportion to |b|.
-    2. For `flow` |b| = (1 + eta²/2) dt, but dt at the first step. Divided by dt it is alike at all others.
+    2. For `flow` |b| = (1 + eta²/2) dt at every step but the first, where sigma = 1 and |b| = dt.
     3. For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
        scale that of `flow`. Departure: TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt for DanceGRPO.
 
     Why it should help. At a step with little noise the reward says little about that noise: E[A eps] is s
-    times the gradient of the expected advantage (Stein's identity), while eps has size 1 at every step. Let
-    each step enter with a weight w, and let these gradients be alike. Then the sum's signal-to-noise ratio is
-    sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with `flow` that is 0.66 for Flow-GRPO
-    (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant), and 1.43 at best (w = s).
+    times the gradient of the expected advantage with respect to x_next (Stein's identity), while eps has size
+    1 at every step. Assume that this gradient is alike at all steps, and let a step enter with the weight w.
+    Then the sum's signal-to-noise ratio is sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with
+    `flow` it is 0.66 for Flow-GRPO (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant
+    but at the first step), and 1.43 at best (w = s).
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
@@ -360,7 +362,8 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
 def advantages(scores: torch.Tensor) -> torch.Tensor:
     """(groups, G) rewards -> (groups, G): each against its group, within ±5.
 
-    A dead group, one whose rewards are all equal, gets zeros.
+    A dead group, one whose rewards are all equal, gets zeros. Departure: DanceGRPO takes the unbiased
+    deviation, and trains 60 % of the steps, drawn per sample.
     """
     deviation = scores.std(1, unbiased=False, keepdim=True)
     normalised = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-4)
@@ -387,14 +390,14 @@ EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2
 class SD3:
     """Stable Diffusion 3 and 3.5 of any size, from a loaded StableDiffusion3Pipeline.
 
-    Another backbone is a class like this or like Flux, where only what differs is written, an entry of
-    BACKBONES and one of PRESETS. LORA_TARGETS must fit the names of its attention layers.
+    Another backbone is a class like Flux, which overrides what differs of `embed`, `sigmas` and `velocity`,
+    an entry of BACKBONES, and one of PRESETS. LORA_TARGETS must fit the names of its attention layers.
     """
 
     def __init__(self, pipe, args):
         self.pipe, self.transformer = pipe, pipe.transformer.to(DEVICE)
         self.guidance, self.dtype = args.guidance, getattr(torch, args.dtype)
-        self.resting = "cpu" if args.offload else DEVICE  # where encoders, embeddings and VAE wait
+        self.idle = "cpu" if args.offload else DEVICE  # where encoders, embeddings and VAE wait
         encoders = [part for name, part in pipe.components.items() if "text_encoder" in name]
         self.encoders = torch.nn.ModuleList(encoders)
         self.shape = latent_shape(args)
@@ -404,10 +407,10 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompt -> its embeddings (1, L, E) and (1, E). One by one: other batch sizes round otherwise."""
+        """prompt -> its embeddings (1, L, E) and (1, E). One by one: rounding depends on the batch size."""
         self.encoders.to(DEVICE)
         embeddings = {prompt: self.embed(prompt) for prompt in prompts}
-        self.encoders.to(self.resting)
+        self.encoders.to(self.idle)
         return embeddings
 
     def embed(self, prompt):
@@ -416,15 +419,16 @@ class SD3:
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             prompt, None, None, DEVICE, do_classifier_free_guidance=False, max_sequence_length=length
         )
-        return tokens.to(self.resting), pooled.to(self.resting)
+        return tokens.to(self.idle), pooled.to(self.idle)
 
-    def sigmas(self, count, spacing=None):
-        """count + 1 noise levels from 1 to 0, as the model's scheduler sets them, of `spacing` if given."""
-        c, tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
-        # Some schedulers shift the levels by the number of image tokens; the others leave mu aside.
-        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        mu = c.base_shift + slope * (tokens - c.base_image_seq_len)
-        self.pipe.scheduler.set_timesteps(count, sigmas=spacing, mu=mu)
+    def sigmas(self, count, unshifted=None):
+        """count + 1 noise levels from 1 to 0, as the model's scheduler sets them, or shifts those given."""
+        config, image_tokens = self.pipe.scheduler.config, math.prod(self.shape[1:]) // 4
+        # FLUX's scheduler shifts the levels by the number of image tokens; SD3's ignores mu.
+        shortest, longest = config.base_image_seq_len, config.max_image_seq_len
+        slope = (config.max_shift - config.base_shift) / (longest - shortest)
+        shift = config.base_shift + slope * (image_tokens - shortest)
+        self.pipe.scheduler.set_timesteps(count, sigmas=unshifted, mu=shift)
         return self.pipe.scheduler.sigmas.tolist()
 
     def velocity(self, x, sigma, embeddings):
@@ -448,12 +452,12 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, x):
-        """(B, C, H, W) latents -> B PIL images, at a time as many as make one of 512 x 512: memory."""
+        """(B, C, H, W) latents -> B PIL images, in chunks of at most one of 512 x 512, to save memory."""
         vae = self.pipe.vae.to(DEVICE)
         count = max(1, 64 * 64 // math.prod(x.shape[2:]))
         x = (x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
         pixels = [vae.decode(latents, return_dict=False)[0] for latents in x.split(count)]
-        vae.to(self.resting)
+        vae.to(self.idle)
         return self.pipe.image_processor.postprocess(torch.cat(pixels))
 
 
@@ -463,7 +467,7 @@ class Flux(SD3):
     def embed(self, prompt):
         length = min(128, self.pipe.tokenizer_2.model_max_length)
         tokens, pooled, _ = self.pipe.encode_prompt(prompt, None, DEVICE, max_sequence_length=length)
-        return tokens.to(self.resting), pooled.to(self.resting)
+        return tokens.to(self.idle), pooled.to(self.idle)
 
     def sigmas(self, count):
         return super().sigmas(count, np.linspace(1, 1 / count, count))
@@ -484,7 +488,7 @@ class Flux(SD3):
 
 
 BACKBONES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
-# With its prefix, so that SD3.5's attn2 stays out. Departure for FLUX: flow_grpo's own script has others.
+# The prefix leaves SD3.5's attn2 out. Departure for FLUX: flow_grpo's own script has other targets.
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
@@ -505,7 +509,7 @@ def load_backbone(args):
                            init_lora_weights="gaussian")
     backbone.transformer.add_adapter(lora)
     cast_training_params(backbone.transformer, torch.float32)  # it learns in fp32, whatever the model is in
-    if args.init_lora and not args.resume:
+    if args.init_lora and not newest_checkpoint(args):
         load_lora(backbone, args)
     if args.grad_checkpoint:
         backbone.transformer.enable_gradient_checkpointing()
@@ -555,7 +559,7 @@ def load_pipeline(args):
 #   embeddings   list of B: its prompt's
 #   images       list of B PIL images
 #   kept         list of T tensors (3, B, C, H, W): x, v_old and eps of every trained step
-#   scores       what the rewards' thread will have made of them: (rewards, B)
+#   scores       a future of the (rewards, B) scores
 Slice = namedtuple("Slice", "numbers embeddings images kept scores")
 
 
@@ -588,8 +592,8 @@ def sample(backbone, schedule, embeddings, keys, same_noise=False):
     (B, C, H, W), and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
     """
 
-    def draw(keys):
-        values = [rng(*key).standard_normal(backbone.shape, np.float32) for key in keys]
+    def draw(noise_keys):
+        values = [rng(*key).standard_normal(backbone.shape, np.float32) for key in noise_keys]
         return torch.from_numpy(np.stack(values)).to(DEVICE)  # (B, C, H, W)
 
     # The last number of a key is 0 for the noise at sigma = 1, and i + 1 for step i.
@@ -597,12 +601,13 @@ def sample(backbone, schedule, embeddings, keys, same_noise=False):
     kept = []
     for i, step in enumerate(schedule):
         v = backbone.velocity(x, step.sigma, embeddings)
-        x_next = step.a * x + step.b * v  # mu
+        mu = step.a * x + step.b * v
         if step.s > 0:
             eps = draw([(*key, i + 1) for key in keys])
-            x_next += step.s * eps
             kept.append(torch.stack([x, v, eps]))
-        x = x_next
+            x = mu + step.s * eps
+        else:
+            x = mu
     if not x.isfinite().all():
         raise FloatingPointError("a latent is not finite, as when float16 overflows; try --dtype bfloat16")
     return x, kept
@@ -624,7 +629,7 @@ def rollout(backbone, args, schedule, prompts, group_size, epoch, scorer, count)
         of_slice = [embeddings[prompt] for prompt, _ in pairs]
         x, kept = sample(backbone, schedule, of_slice, keys, args.same_noise)
         images = backbone.decode(x)
-        kept = [tensors.to(backbone.resting) for tensors in kept]
+        kept = [tensors.to(backbone.idle) for tensors in kept]
         slices.append(Slice(numbers, of_slice, images, kept, scorer.submit(images, pairs, count)))
     return slices
 
@@ -664,8 +669,9 @@ class Policy:
         self.params = [p for p in backbone.transformer.parameters() if p.requires_grad]
         self.average = parameters_to_vector(self.params).detach()
         self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
-        # dL/dv is about 4e-9 for SD3.5, which fp16 cannot hold: the scaler multiplies the loss by as much as
-        # it can, and divides the gradients. Departure: the authors' frozen weights are fp32, under autocast.
+        # The loss is a mean over samples, steps and D, so dL/dv is about 4e-9 for SD3.5, which fp16 cannot
+        # hold. The scaler multiplies the loss by as much as it can, and divides the gradients.
+        # Departure: the authors' frozen weights are fp32, under fp16 autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
         for p in self.params:
             p.grad = torch.zeros_like(p)  # also on a rank that has nothing to learn from
@@ -700,6 +706,19 @@ class Policy:
         vector_to_parameters(self.average, self.params)
         self.average = trained
 
+    def state(self):
+        params = parameters_to_vector(self.params).detach()
+        return dict(params=params, average=self.average, optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict())
+
+    def load_state(self, state, lr):
+        """lr: of the command line, which may be another than the state's."""
+        vector_to_parameters(state["params"], self.params)
+        self.average = state["average"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.scaler.load_state_dict(state["scaler"])
+
 
 def update(backbone, policy, args, schedule, slices, A, group_ids):
     """One optimizer update on some of the epoch's groups. Returns what metrics.jsonl says of it.
@@ -710,7 +729,7 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
     """
     trained = [step for step in schedule if step.s > 0]  # T of them
     terms = len(group_ids) * args.group_size * len(trained)
-    # A dead group has no gradient but its KL's, so it takes no passes.
+    # Dead groups are skipped, unless they have the gradient of a KL.
     learning = [group for group in group_ids if args.kl_beta or A[group].any()]
     my_slices = [piece for piece in slices if piece.numbers[0] // args.group_size in learning]
     values = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, rho and KL of all samples
@@ -731,7 +750,7 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
                     v_base = backbone.velocity(x, step.sigma, piece.embeddings)
                     backbone.transformer.enable_adapters()
                 kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
-                # Outside delta. Since s² = g² dt, this is the authors' mean(d²) / (2 g²).
+                # Outside delta. Since s² = g² dt but for cps, this is the authors' mean(d²) / (2 g²).
                 loss = loss + args.kl_beta * step.dt * kl
             policy.scaler.scale(loss.sum() / terms).backward()
             values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()
@@ -761,8 +780,8 @@ def clip_statistics(rho, A, clip):
 # Many processes
 #
 # Every rank samples and trains on whole slices, and what it has computed is summed over the ranks. Noise
-# comes from keys, and slices are the same. So no number depends on how many ranks there are, but by the order
-# of a sum. Nothing is sent at the start: all ranks draw the same LoRA, and take the same summed gradients.
+# comes from keys, and slices are the same. So no number depends on how many ranks there are, except for the
+# order of a sum. Nothing is sent at the start: all draw the same LoRA, and take the same summed gradients.
 
 
 def all_reduce(tensor):
@@ -808,10 +827,10 @@ def log(args, **line):
              trained step; seconds spent sampling, waiting for rewards, training; memory, the most so far, in
              GiB of a GPU
     update   first: the epoch's first, where rho is still 0; live: samples not in dead groups; loss; grad_norm
-             before it is clipped to 1. Per trained step, noisiest first: kl to the base, of all samples, 0
-             unless it is in the loss; of the live ones rho_mean and rho_std, of rho = ratio - 1; clip_high
-             and clip_low, shares with rho > clip and rho < -clip; blocked, the share whose gradient PPO
-             blocks: the high ones with A > 0 and the low ones with A < 0
+             before it is clipped to 1. Per trained step, noisiest first: kl to the base, in nats divided by
+             D, of all samples, 0 unless it is in the loss; of the live ones rho_mean and rho_std, of
+             rho = ratio - 1; clip_high and clip_low, shares with rho > clip and rho < -clip; blocked, the
+             share whose gradient PPO blocks: the high ones with A > 0 and the low ones with A < 0
     eval     of held-out prompts after `update` updates: reward, gold
     """
     if RANK == 0:
@@ -819,12 +838,13 @@ def log(args, **line):
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def save_checkpoint(backbone, policy, args, epochs, saved):
+def save_checkpoint(backbone, policy, args, position):
     """checkpoint-000123 (updates): the averaged LoRA for diffusers, and the whole state for --resume.
 
-    saved: names of the checkpoints that this run has written and not deleted. Returns them as they are then.
+    position: epochs and updates done, and in `saved` the names of the checkpoints that this run has written
+    and not deleted. `saved` is brought up to date.
     """
-    folder = Path(args.run_dir) / f"checkpoint-{epochs * args.updates_per_epoch:06d}"
+    folder = Path(args.run_dir) / f"checkpoint-{position['updates']:06d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -836,40 +856,46 @@ def save_checkpoint(backbone, policy, args, epochs, saved):
     weights = {f"transformer.{name}": weight * scale if "lora_B" in name else weight
                for name, weight in weights.items()}
     (partial / "pytorch_lora_weights.safetensors").write_bytes(save(weights, {"format": "pt"}))
-    saved = [*saved, folder.name]
-    state = dict(epochs=epochs, saved=saved[-args.keep :], average=policy.average)
-    state |= dict(params=parameters_to_vector(policy.params).detach(), scaler=policy.scaler.state_dict())
-    torch.save(state | dict(optimizer=policy.optimizer.state_dict()), partial / "state.pt")
     shutil.copy(Path(args.run_dir) / "metrics.jsonl", partial)
+    position["saved"].append(folder.name)
+    too_old = position["saved"][: -args.keep]
+    del position["saved"][: -args.keep]
+    torch.save(dict(position=position, **policy.state()), partial / "state.pt")
     partial.replace(folder)  # a folder of this name is whole
-    for name in saved[: -args.keep]:
+    for name in too_old:
         shutil.rmtree(folder.with_name(name), ignore_errors=True)
-    return state["saved"]
+
+
+def newest_checkpoint(args):
+    """The folder of the run's last checkpoint, or None."""
+    return max(Path(args.run_dir).glob("checkpoint-" + 6 * "[0-9]"), default=None)
 
 
 def load_checkpoint(policy, args):
-    """Put the newest checkpoint into the policy, metrics.jsonl back to it. Returns its epochs and `saved`.
+    """Put the newest checkpoint into the policy, and cut metrics.jsonl back to it. Returns its `position`.
 
     Every rank reads it: on several machines --resume needs a disk that they share.
     """
-    folders = sorted(Path(args.run_dir).glob("checkpoint-" + 6 * "[0-9]"))
-    state = dict(epochs=0, saved=[])
-    if folders:
-        state = torch.load(folders[-1] / "state.pt", map_location=DEVICE, weights_only=True)
-        vector_to_parameters(state["params"], policy.params)
-        policy.average = state["average"]
-        policy.scaler.load_state_dict(state["scaler"])
-        policy.optimizer.load_state_dict(state["optimizer"])
-        policy.optimizer.param_groups[0]["lr"] = args.lr  # the command line may have another
-        if RANK == 0:
-            shutil.copy(folders[-1] / "metrics.jsonl", args.run_dir)
-    is_same = all_reduce(torch.tensor(state["epochs"], device=DEVICE)) == WORLD * state["epochs"]
+    folder, position = newest_checkpoint(args), dict(epochs=0, updates=0, saved=[])
+    if folder:
+        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+        position = state["position"]
+        policy.load_state(state, args.lr)
+    if RANK == 0:
+        kept = (folder / "metrics.jsonl").read_text() if folder else ""
+        (Path(args.run_dir) / "metrics.jsonl").write_text(kept)
+    is_same = all_reduce(torch.tensor(position["epochs"], device=DEVICE)) == WORLD * position["epochs"]
     require(is_same, f"--resume {args.run_dir}: the processes see other checkpoints; they need a shared disk")
-    return state["epochs"], state["saved"]
+    return position
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 6. Evaluate
+
+
+def short_name(reward_name):
+    """The function of module:function."""
+    return reward_name.split(":")[-1]
 
 
 @torch.no_grad()
@@ -881,10 +907,10 @@ def evaluate(backbone, policy, args, scorer, updates):
     slices = rollout(backbone, args, schedule, prompts, 1, EVALUATION, scorer, 1 + len(args.gold))
     policy.swap_average()
     scores = scorer.collect(slices, len(prompts))  # (rewards, prompts)
-    names = ["reward", *(name.split(":")[-1] for name in args.gold)]
-    means = dict(zip(names, scores.mean(1).tolist(), strict=True))
-    say(f"update {updates}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-    log(args, kind="eval", update=updates, reward=means.pop("reward"), gold=means)
+    reward, *gold = scores.mean(1).tolist()
+    gold = dict(zip(map(short_name, args.gold), gold, strict=True))
+    log(args, kind="eval", update=updates, reward=reward, gold=gold)
+    say(f"update {updates}: reward {reward:.4f}" + "".join(f", {name} {gold[name]:.4f}" for name in gold))
     if RANK == 0:
         images = [image.resize((256, 256 * image.height // image.width)) for image in slices[0].images]
         columns = math.gcd(len(images), 4)
@@ -900,15 +926,17 @@ def train(args):
     """Epochs, checkpoints and evaluations. Raises what a reward raises, and BadInput as `load_backbone`."""
     backbone = load_backbone(args)
     policy = Policy(backbone, args)
-    start, saved = load_checkpoint(policy, args) if args.resume else (0, [])
+    position = load_checkpoint(policy, args)
+    log(args, kind="start", processes=WORLD, device=str(DEVICE),
+        versions={part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)})
     scorer = Scorer([args.reward, *args.gold])
     prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[0])
-    evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # after so many epochs
-    sheet = Path(args.run_dir) / f"samples/{start * args.updates_per_epoch:06d}.png"
-    if start in evaluations or sheet.exists():  # an evaluation after the last checkpoint is done again
-        evaluate(backbone, policy, args, scorer, start * args.updates_per_epoch)
-    bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
-    for epoch in bar:
+    evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # numbers of epochs done
+    sheet = Path(args.run_dir) / f"samples/{position['updates']:06d}.png"
+    if position["epochs"] in evaluations or sheet.exists():  # what came after the checkpoint is done again
+        evaluate(backbone, policy, args, scorer, position["updates"])
+    bar = tqdm(total=args.epochs, initial=position["epochs"], desc="epoch", disable=RANK > 0)
+    for epoch in range(position["epochs"], args.epochs):
         # 1. Sample: G images per prompt, slice by slice.
         times = [time.perf_counter()]
         schedule = make_schedule(backbone.sigmas(args.steps), args.eta, args.sde, noisy_steps(args, epoch))
@@ -922,10 +950,10 @@ def train(args):
         A = advantages(scores)  # (groups, G)
         # 4. Update: each on its own groups, so in the second rho says how far the first has moved the policy.
         for k, group_ids in enumerate(torch.arange(args.groups).view(args.updates_per_epoch, -1).tolist()):
-            updates = epoch * args.updates_per_epoch + k + 1
             line = update(backbone, policy, args, schedule, slices, A, group_ids)
-            policy.update_average(updates, args.ema_decay)
-            log(args, kind="update", epoch=epoch, update=updates, first=k == 0, **line)
+            position["updates"] += 1
+            policy.update_average(position["updates"], args.ema_decay)
+            log(args, kind="update", epoch=epoch, update=position["updates"], first=k == 0, **line)
         times.append(time.perf_counter())
         # 5. Save, before the evaluation, so that a gold score that fails costs no epoch.
         log(args, kind="rollout", epoch=epoch, images=scores.numel(), reward_mean=scores.mean().item(),
@@ -933,12 +961,14 @@ def train(args):
             sigma=[step.sigma for step in schedule if step.s > 0],
             seconds=dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True)),
             memory=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None)
-        bar.set_postfix_str(f"reward {scores.mean():.3f}")
-        if RANK == 0 and (epoch + 1 == args.epochs or (epoch + 1) % args.save_every == 0):
-            saved = save_checkpoint(backbone, policy, args, epoch + 1, saved)
+        position["epochs"] = epoch + 1
+        if RANK == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
+            save_checkpoint(backbone, policy, args, position)
         # 6. Evaluate on held-out prompts.
         if epoch + 1 in evaluations:
-            evaluate(backbone, policy, args, scorer, updates)
+            evaluate(backbone, policy, args, scorer, position["updates"])
+        bar.set_postfix_str(f"reward {scores.mean():.3f}")
+        bar.update()
 
 
 def main():
@@ -949,10 +979,9 @@ def main():
         say(f"{args.method} on {args.model} ({DEVICE}): lr {args.lr:g}, clip {args.clip:.3g} at D = {D:,}, "
             f"{args.groups} prompts x {args.group_size} images an epoch, {args.run_dir}")
         if args.dry_run:
-            return say(json.dumps(asdict(args), indent=2))
-        lock = claim_folder(args) if RANK == 0 else None  # noqa: F841
-        versions = {part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)}
-        log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
+            say(json.dumps(asdict(args), indent=2))
+            return
+        lock = claim_folder(args) if RANK == 0 else None  # noqa: F841 - held for as long as the process lives
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls, the LoRA's; rho is elementwise
@@ -970,7 +999,6 @@ def main():
         os._exit(1)  # without waiting for a reward that hangs, or for the other ranks
     if WORLD > 1:
         dist.destroy_process_group()
-    return None
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_without_noise_every_sampler_is_the_euler_step_of_diffusers(kind):
 
 
 def test_flow_and_dance_are_the_published_sde_steps():
-    """Flow-GRPO: x - dt [v + g²/(2 sigma) (x + (1 - sigma) v)] + g sqrt(dt) eps; the samplers differ in g."""
+    """Both: x - dt [v + g²/(2 sigma) (x + (1 - sigma) v)] + g sqrt(dt) eps. They differ in g."""
     torch.manual_seed(0)
     x, v = torch.randn(2, 5, dtype=torch.float64)
     for sigma, sigma_next in ((0.96, 0.9), (0.5, 0.3), (1.0, 0.97)):
@@ -94,7 +94,7 @@ def test_sde_keeps_the_marginals_of_the_ode(kind):
 
 
 def test_cps_keeps_the_coefficients():
-    """Flow-CPS: x_next = (1 - sigma_next) x0 + c x1 + s eps with c² + s² = sigma_next²: no noise too many."""
+    """Flow-CPS: x_next = (1 - sigma_next) x0 + c x1 + s eps with c² + s² = sigma_next²."""
     x0, x1 = torch.randn(2, 5, dtype=torch.float64)
     sigma, sigma_next = 0.8, 0.6
     a, b, s = guard.sde_coefficients(sigma, sigma_next, ETA, "cps")
@@ -249,54 +249,54 @@ class OneWeight(torch.nn.Module):
         self.adapted = True
 
 
-def one_update(weight=1.0, A=((1.0, -1.0),), v_old=1.0, eps=1.0, **settings):
-    """(line of the log, gradient before it is clipped) of an update of one group on one trained step."""
+def one_update(weight=1.0, A=((1.0, -1.0),), v_old=1.0, **settings):
+    """The line of the log of an update of one group of two on one trained step; x = eps = 1."""
     args = guard.Args(group_size=2, dtype="float32", **{"clip": 0.02, "method": "guard"} | settings)
     backbone = OneWeight(weight)
     policy = guard.Policy(backbone, args)
     step = guard.Step(sigma=0.5, dt=0.1, a=1.0, b=-0.12, s=0.2)
     x = torch.ones(2, 1, 2, 2)
-    kept = [torch.stack([x, v_old * x, eps * x])]
+    kept = [torch.stack([x, v_old * x, x])]
     piece = guard.Slice([0, 1], [None, None], None, kept, None)
-    line = guard.update(backbone, policy, args, [step], [piece], torch.tensor(A), [0])
-    return line, -line["grad_norm"] if backbone.weight > weight else line["grad_norm"]
+    return guard.update(backbone, policy, args, [step], [piece], torch.tensor(A), [0])
 
 
 def test_the_objective_is_ppos_with_delta():  # Eq. 12
-    """rho = b (w - 1) at eps = 1; of a good and a bad sample, one is blocked where |rho| is beyond the clip."""
+    """rho = expm1(b (w - 1)). Of a good and a bad sample one is blocked where |rho| is beyond the clip."""
     b, delta = -0.12, 1 / 0.1
-    line, _ = one_update(weight=1.0)
+    line = one_update(weight=1.0)
     assert line["rho_mean"] == [0.0] and line["loss"] == 0.0
-    for weight, blocked in ((0.9, 0), (0.5, 1), (1.5, 1)):  # rho = 0.012, 0.06, -0.06
+    for weight, blocked in ((0.9, 0), (0.5, 1), (1.5, 1)):  # rho is about 0.012, 0.06, -0.06
         rho = math.expm1(b * (weight - 1))
-        line, _ = one_update(weight=weight)
+        line = one_update(weight=weight)
         assert line["rho_mean"] == pytest.approx([rho], rel=1e-5)
         clipped = max(-0.02, min(0.02, rho))
         objective = [delta * min(rho * A, clipped * A) for A in (1.0, -1.0)]
         assert line["loss"] == pytest.approx(-sum(objective) / 2, rel=1e-4, abs=1e-9)
         assert line["blocked"] == [blocked / 2]
     # Both bad, far above the range: nothing is blocked, and the gradient is that of the mean.
-    line, _ = one_update(weight=0.5, A=((-1.0, -2.0),))
+    line = one_update(weight=0.5, A=((-1.0, -2.0),))
     assert line["blocked"] == [0.0] and line["clip_high"] == [1.0]
     assert line["grad_norm"] == pytest.approx(delta * 1.5 * abs(b) * math.exp(0.06), rel=1e-4)
     # Both good, above the range: no gradient at all.
-    line, _ = one_update(weight=0.5, A=((1.0, 2.0),))
+    line = one_update(weight=0.5, A=((1.0, 2.0),))
     assert line["blocked"] == [1.0] and line["grad_norm"] == 0
 
 
 def test_the_kl_is_that_of_two_normal_distributions_and_outside_of_delta():
-    weight, s, b = 1.3, 0.2, -0.12
-    line, _ = one_update(weight=weight, v_old=weight, kl_beta=0.5)
+    weight, s, b, beta_dt = 1.3, 0.2, -0.12, 0.5 * 0.1
+    line = one_update(weight=weight, v_old=weight, kl_beta=0.5)
     means = torch.full((4,), b * weight), torch.full((4,), b)
     new, base = (torch.distributions.Normal(mean, s) for mean in means)
     expected = torch.distributions.kl_divergence(new, base).mean().item()  # over D
     assert line["kl"] == pytest.approx([expected], rel=1e-5)
-    assert line["loss"] == pytest.approx(0.5 * 0.1 * expected, rel=1e-4)  # beta times dt; rho is 0
-    slope = 0.5 * 0.1 * b**2 * (weight - 1) / s**2
-    assert one_update(weight=weight, v_old=weight, kl_beta=0.5)[0]["grad_norm"] == pytest.approx(slope, rel=1e-4)
+    assert line["loss"] == pytest.approx(beta_dt * expected, rel=1e-4)  # rho is 0
+    slope = beta_dt * b**2 * (weight - 1) / s**2
+    assert line["grad_norm"] == pytest.approx(slope, rel=1e-4)
     # A dead group has the gradient of its KL, and none without.
-    assert one_update(weight=weight, A=((0.0, 0.0),), kl_beta=0.5)[0]["grad_norm"] == pytest.approx(slope, rel=1e-4)
-    assert one_update(weight=weight, A=((0.0, 0.0),))[0]["grad_norm"] == 0
+    dead = dict(weight=weight, A=((0.0, 0.0),))
+    assert one_update(**dead, kl_beta=0.5)["grad_norm"] == pytest.approx(slope, rel=1e-4)
+    assert one_update(**dead)["grad_norm"] == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -383,14 +383,15 @@ def test_a_group_can_share_the_noise_it_starts_from():
         x, _, eps = kept[0]  # (3, C, H, W) each
         assert torch.equal(x[0], x[1]) == same_noise and not torch.equal(x[0], x[2])
         assert not torch.equal(eps[0], eps[1])
-    assert torch.equal(x[0, 0], torch.from_numpy(guard.rng(0, 5, 0, 0, 0).standard_normal((2, 2), np.float32)))
+    noise = guard.rng(0, 5, 0, 0, 0).standard_normal(backbone.shape, np.float32)
+    assert torch.equal(x[0], torch.from_numpy(noise))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # A small run of the real thing
 
-MODEL = "--model tiny/sd3 --gold none --lr 2e-3 --clip 2.3e-5 "
-SMALL = MODEL + "--groups 4 --group_size 4 --micro_batch 4 --eval_prompts 4 --steps 4 --eval_steps 4 --epochs 2"
+MODEL = "--model tiny/sd3 --gold none --lr 2e-3 --clip 2.3e-5 --steps 4 --eval_steps 4 --eval_prompts 4"
+SMALL = f"{MODEL} --groups 4 --group_size 4 --micro_batch 4 --epochs 2"
 
 
 def run(arguments, processes=1):
@@ -437,7 +438,13 @@ def test_the_first_update_of_every_epoch_has_ratio_exactly_1(a_run):
 def test_the_first_updates_are_the_committed_ones(a_run):
     """Seed 0 on tiny/sd3: a change of behaviour cannot slip in. Measured with torch 2.13.0 on a CPU."""
     first, second = lines_of(a_run, "update")[:2]
-    PINS
+    assert lines_of(a_run, "rollout")[0]["reward_mean"] == pytest.approx(0.234375, abs=1e-6)
+    assert first["grad_norm"] == pytest.approx(0.0184717, rel=1e-3)
+    assert second["grad_norm"] == pytest.approx(0.0115491, rel=1e-3)
+    assert second["loss"] == pytest.approx(2.86143e-4, rel=1e-2)
+    assert second["rho_std"] == pytest.approx([1.15575e-4, 4.18424e-4, 9.26273e-4], rel=1e-2)
+    assert (second["live"], second["clip_high"]) == (8, [0.5, 0.625, 0.875])
+    assert second["blocked"] == [0.375, 0.125, 0.5]
 
 
 def test_a_run_leaves_what_it_should(a_run):
@@ -453,16 +460,16 @@ def test_a_run_leaves_what_it_should(a_run):
 
 
 def test_evaluation_alone_draws_the_test_prompts(tmp_path):
-    """--epochs 0, with prompts that differ between the two splits; the reward is told which it is shown."""
+    """--epochs 0, with prompts that differ between the two splits."""
     folder = tmp_path / "prompts"
     folder.mkdir()
     (folder / "train.txt").write_text('a red card with dots that says "CAT"\n')
-    (folder / "test.txt").write_text('a blue card with dots that says "DOG"\na red card with dots that says "OWL"\n')
+    (folder / "test.txt").write_text('a blue card with dots that says "DOG"\nred, "OWL"\n')
     run(f"{SMALL} --epochs 0 --prompts {folder} --run_dir {tmp_path / 'run'}")
     line = lines_of(tmp_path / "run", "eval")
     assert len(line) == 1 and line[0]["update"] == 0
     assert not lines_of(tmp_path / "run", "rollout") and not list((tmp_path / "run").glob("checkpoint-*"))
-    args = guard.parse_args([*MODEL.split(), "--prompts", str(folder), "--eval_prompts", "2", "--eval_steps", "4"])
+    args = guard.parse_args([*MODEL.split(), "--prompts", str(folder)])
     backbone = guard.load_backbone(args)
     seen = []
 
@@ -480,19 +487,21 @@ def test_evaluation_alone_draws_the_test_prompts(tmp_path):
 
 
 def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(a_run, tmp_path):
-    """Same noise, same weights at full strength, though the file says no alpha: the same pixels, to a level of 256.
+    """Same noise, same weights at full strength, though the file says no alpha: the same pixels.
 
-    Not to the bit, since the pipeline encodes its four prompts in one batch.
+    To a level of 256 and not to the bit, since the pipeline encodes its four prompts in one batch.
     """
     args = guard.parse_args(["--resume", str(shutil.copytree(a_run, tmp_path / "copy"))])
     backbone = guard.load_backbone(args)
     policy = guard.Policy(backbone, args)
-    assert guard.load_checkpoint(policy, args) == (2, ["checkpoint-000002", "checkpoint-000004"])
+    position = guard.load_checkpoint(policy, args)
+    assert position == dict(epochs=2, updates=4, saved=["checkpoint-000002", "checkpoint-000004"])
     prompts = [prompt for prompt, _ in rewards.read_prompts(HERE / "prompts/cards/test.txt")[:4]]
     embeddings = list(backbone.encode(prompts).values())
     keys = [(args.seed, guard.EVALUATION, i, 0) for i in range(4)]
     policy.swap_average()
-    ours = backbone.decode(guard.sample(backbone, guard.make_schedule(backbone.sigmas(4), 0, "flow"), embeddings, keys)[0])
+    schedule = guard.make_schedule(backbone.sigmas(4), 0.0, "flow")
+    ours = backbone.decode(guard.sample(backbone, schedule, embeddings, keys)[0])
 
     def draw(pipe):
         values = [guard.rng(*key, 0).standard_normal(backbone.shape, np.float32) for key in keys]
@@ -518,8 +527,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(a_run, tmp_path):
     whole, resumed = (state_of(folder / "checkpoint-000004") for folder in (a_run, cut))
     for name in ("params", "average"):
         assert torch.equal(whole[name], resumed[name])
-    for one, other in zip(whole["optimizer"]["state"].values(), resumed["optimizer"]["state"].values(), strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in ("step", "exp_avg", "exp_avg_sq"))
+    for i, moments in whole["optimizer"]["state"].items():
+        assert all(torch.equal(moments[name], resumed["optimizer"]["state"][i][name]) for name in moments)
     for kind in ("update", "eval"):
         assert lines_of(a_run, kind) == lines_of(cut, kind)
 

@@ -1,6 +1,8 @@
 """The figures and the tables of runs of experiments/README.md, from the CSVs in experiments/results alone.
 
-    python experiments/figures.py    # writes figures/ratio.png and figures/study.png, prints the tables
+    python experiments/figures.py    # writes figures/*.png but before.png and after.png, prints the tables
+
+results/third is of the third edition of the small models, made by run.py; the rest is of November 2026.
 """
 
 import csv
@@ -144,10 +146,86 @@ def draw_study(path):
     plt.close(figure)
 
 
+def long_runs(setting):
+    """run -> its rows of third/evals.csv, of the long runs of a setting, seed by seed."""
+    runs = {}
+    for row in read("third/evals"):
+        if row["run"].startswith(f"long-{setting}-s"):
+            runs.setdefault(row["run"], []).append(row)
+    return runs
+
+
+LONG = {  # setting -> name and line in the figure
+    "guard-6.7e-4": ("Guard, lr 6.7e-4", "tab:blue", "-"),
+    "flow-grpo-2e-3": ("Flow-GRPO, lr 2e-3", "tab:red", "-"),
+    "guard-2e-3": ("Guard, lr 2e-3", "tab:blue", ":"),
+    "flow-grpo-6.7e-4": ("Flow-GRPO, lr 6.7e-4", "tab:red", ":"),
+}
+
+
+def draw_long(path):
+    """100 updates of OCR: reward and gold, thin a seed and thick their mean; below, cards."""
+    figure = plt.figure(figsize=(10, 7.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.05))
+    axes = upper.subplots(1, 3)
+    for setting, (name, colour, line) in LONG.items():
+        runs = [
+            np.array([[float(row[x]) for x in ("update", "reward", "gold")] for row in rows])
+            for rows in long_runs(setting).values()
+        ]
+        if not runs:
+            continue
+        for i, curve_of in enumerate([*runs, np.mean(runs, axis=0)]):
+            update, reward, gold = curve_of.T
+            is_mean = i == len(runs)
+            style = dict(lw=2.2, label=name) if is_mean else dict(lw=0.6, alpha=0.5)
+            for axis, x, y in zip(axes, (update, update, reward), (reward, gold, gold), strict=True):
+                axis.plot(x, y, color=colour, ls=line, **style)
+    labels = (("updates", "OCR reward, trained on"), ("updates", "gold, only watched"), ("OCR reward", "gold"))
+    for axis, (x, y) in zip(axes, labels, strict=True):
+        axis.set(xlabel=x, title=y)
+    axes[1].legend(fontsize=8, loc="lower left")
+    cards = plt.imread(HERE / "results" / "third" / "cards.png")
+    rows = lower.subplots(3, 1)
+    names = ("before training", "Guard, 100 updates", "Flow-GRPO, 100 updates")
+    for axis, name, row in zip(rows, names, np.split(cards, 3), strict=True):
+        axis.imshow(row, interpolation="nearest")
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def default_table():
+    """The default runs: mean over seeds ± standard deviation, before and after, and the parts of gold."""
+    columns = ["task", "model", "seeds", "reward before", "after", "gain", "gold before", "after"]
+    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
+    evaluations = [row for row in read("third/evals") if "tiny/" in row["model"]]
+    for task in ("ocr", "geneval", "pickscore"):
+        for model in ("sd3", "flux"):
+            runs = {}
+            for row in evaluations:
+                if row["run"].startswith(f"{task}-{model}-s"):
+                    runs.setdefault(row["run"], []).append(row)
+            columns = ["reward", "gold"] if task != "geneval" else ["reward", "geneval_strict", "gold"]
+            for column in columns[:-1]:
+                before, after = ([float(rows[i][column]) for rows in runs.values()] for i in (0, -1))
+                gold = [[float(rows[i]["gold"]) for rows in runs.values()] for i in (0, -1)]
+                gain = np.subtract(after, before)
+                name = {"reward": task, "geneval_strict": "geneval, strict"}[column]
+                cells = [name, f"tiny/{model}", f"{len(runs)}"]
+                cells += [f"{np.mean(before):.3f}", f"{np.mean(after):.3f}"]
+                cells.append(f"{np.mean(gain):+.3f} ± {np.std(gain, ddof=1):.3f}")
+                cells += [f"{np.mean(gold[0]):.3f}", f"{np.mean(gold[1]):.3f}"]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(folder=HERE / "figures"):
+    draw_long(folder / "long.png")
     draw_ratio(folder / "ratio.png")
     draw_study(folder / "study.png")
-    print(main_table(), variants_table(), sep="\n\n")
+    print(main_table(), variants_table(), default_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from diffusers.utils import make_image_grid
+from PIL import Image
+
 HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results" / "third"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
@@ -92,6 +95,24 @@ def collect():
     RESULTS.mkdir(parents=True, exist_ok=True)
     write(RESULTS / "evals.csv", evaluations)
     write(RESULTS / "updates.csv", updates)
+    pages = [RUNS / f"long-{run}.png" for run in CARDS]
+    if all(page.exists() for page in pages):
+        rows = [first_cards(page) for page in pages]
+        make_image_grid([card for row in rows for card in row], 3, 8).save(RESULTS / "cards.png")
+
+
+# Three rows of eight cards: before training, after Guard, after Flow-GRPO.
+CARDS = ("guard-6.7e-4-s21/samples/000000", "guard-6.7e-4-s21/samples/000100",
+         "flow-grpo-2e-3-s21/samples/000100")  # fmt: skip
+
+
+def first_cards(page, count=8):
+    """The first cards of a page of samples, at their own size of 64 x 32 pixels."""
+    page, cards = Image.open(page), []
+    for i in range(count):
+        x, y = 256 * (i % 4), 128 * (i // 4)
+        cards.append(page.crop((x, y, x + 256, y + 128)).resize((64, 32), Image.Resampling.BOX))
+    return cards
 
 
 def write(path, rows):

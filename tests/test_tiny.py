@@ -149,17 +149,17 @@ def test_the_renderer_places_shapes_as_asked():
 
 
 def test_the_detector_sees_loud_shapes_and_not_faint_ones():
-    loud, faint = (check.rendered_shapes(contrast, times=1) for contrast in (1.0, 0.3))
-    assert check.read_exactly(*loud) >= 0.94 and check.read_exactly(faint[0][:60], faint[1][:60]) < 0.3
+    loud, faint = (check.read_exactly(*check.rendered_shapes(contrast, 120)) for contrast in (1.0, 0.3))
+    assert loud >= 0.9 and faint < 0.3
 
 
 def test_the_preference_model_prefers_the_better_and_the_louder_card():
     rng, pairs = random.Random("a test"), []
-    while len(pairs) < 60:
+    while len(pairs) < 30:
         prompt = rng.choice(cards.mixed_splits()[1])
         images = [judges.attempt(cards.parse(prompt), rng) for _ in range(2)]
         better = judges.liking(images[0], prompt) - judges.liking(images[1], prompt)
-        if abs(better) > 0.2:
+        if abs(better) > 0.15:
             pairs.append((prompt, images if better > 0 else images[::-1]))
     prompts = [prompt for prompt, _ in pairs]
     score = tiny_rewards.pickscore()

@@ -557,10 +557,8 @@ def own_background(image):
     """
     inside = inside_mask()
     grounds = list(itertools.product(COLOURS, (*PATTERNS, None)))
-    errors = [
-        np.minimum(np.abs(image - background(*ground)).mean(-1), 0.25)[inside].mean() for ground in grounds
-    ]
-    return grounds[int(np.argmin(errors))]
+    off = [np.abs(image - background(*ground)).mean(-1)[inside] for ground in grounds]
+    return grounds[int(np.argmin([np.minimum(pixels, 0.25).mean() for pixels in off]))]
 
 
 def grown(mask):
@@ -622,8 +620,10 @@ def windows_of(terms, size):
 
 @functools.cache
 def templates(ground, size):
-    """What `find_shapes` needs of all kinds of shapes of a size: weights, (4 * size * size, K), and their
-    squared size, (places, K), on a card with that colour and pattern."""
+    """What `explained` needs of all kinds of shapes of a size on a card with that colour and pattern.
+
+    (4 * size * size, K) weights whose product with a place is along; (places, K) sizes: see nearest_contrast.
+    """
     drawn = [template(shape, colour, outline_colour(colour, ground[0]), size) for shape, colour in KINDS]
     cover = np.stack([cover for cover, _ in drawn])[..., None]  # (K, size, size, 1)
     colours = np.stack([colours for _, colours in drawn])  # (K, size, size, 3)
@@ -681,11 +681,8 @@ def judge_shapes(image, card, ground):
     found = find_shapes(image, ground)
     parts, centres, kept = [], [], np.zeros((HEIGHT, WIDTH), dtype=bool)
     for clause in card.clauses:
-        fits = [
-            pair
-            for pair in found
-            if pair[0].shape == clause.shape and clause.colour in (None, pair[0].colour)
-        ]
+        same = [pair for pair in found if pair[0].shape == clause.shape]
+        fits = [pair for pair in same if clause.colour in (None, pair[0].colour)]
         fits = sorted(fits, key=lambda pair: -pair[1])[: clause.count]
         parts += [fit for _, fit in fits] + [0.0] * (clause.count - len(fits))
         centres.append(fits[0][0].centre() if fits else None)
@@ -744,7 +741,7 @@ def measured(pixels, prompt):
 def pixels_of(image):
     if image.size != (WIDTH, HEIGHT):
         raise ValueError(
-            f"a card is {WIDTH} x {HEIGHT} pixels, this picture is {image.size[0]} x {image.size[1]}"
+            f"a card is {WIDTH} x {HEIGHT} pixels, this picture is {image.width} x {image.height}"
         )
     return image.convert("RGB").tobytes()
 

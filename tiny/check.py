@@ -32,10 +32,10 @@ def rendered_words(contrast, count=256):
     return images, prompts
 
 
-def rendered_shapes(contrast, times=2):
-    """(images, their shapes) of the 300 held-out cards with shapes, so many times each."""
+def rendered_shapes(contrast, count=600):
+    """(images, their shapes) of the 300 held-out cards with shapes, twice each, or the first so many."""
     rng, images, shapes = random.Random(0), [], []
-    for prompt in times * cards.shape_splits()[1]:
+    for prompt in (2 * cards.shape_splits()[1])[:count]:
         card = cards.parse(prompt)
         shapes.append([dataclasses.replace(one, contrast=contrast) for one in cards.place(card, rng)])
         images.append(cards.as_image(cards.draw_shapes(card.colour, card.pattern, shapes[-1])))

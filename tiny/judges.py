@@ -1,6 +1,7 @@
 """The judges of the tiny world, trained from nothing on rendered cards: see `tiny/make.py`.
 
 - tiny/detector, a Mask2Former, finds shapes; tiny/clip, a CLIP model, names their colours: GenEval's pair.
+  Both learn on loud shapes only, so that they overlook faint ones, as OCR overlooks faint words.
 - tiny/pickscore, a CLIP model, prefers one of two pictures of a prompt, as PickScore does.
 
 Each is a folder as transformers saves it, in half precision.
@@ -410,4 +411,5 @@ def make_pickscore(tokenizer, train, random_card, drawn):
         return F.cross_entropy(torch.stack(logits, dim=1), wanted)
 
     train("pickscore", model, 2500, 5e-4, prefer)
+    train("pickscore-last", model, 1000, 3e-4, prefer)
     return model.eval(), processor

@@ -9,8 +9,8 @@ picked up where it was left when the script starts again (working folder `tiny/.
    detector (crops first), clip and the first half of pickscore: see judges.py.
 2. sd3 and flux side by side: the text encoders and the transformer together, by flow matching: predict
    v = x1 - x0 at x_t = (1-t) x0 + t x1. A fifth of the cards bear random letters, so that the model learns
-   to spell.
-3. pickscore, partly on pictures that sd3 draws: see judges.py.
+   to spell. Shapes are loud at first, then as faint as they come.
+3. pickscore, partly on pictures that both draw: see judges.py.
 
 `python tiny/check.py` measures what came out.
 """
@@ -253,8 +253,8 @@ def make_t5(tokenizer):
 def train_flow(name, vae, modules, velocity):
     """Flow matching with logit-normal times: transformer and text encoders together.
 
-    In three rounds of the learning rate. The second brings two shapes with the right colours on a card, the
-    third brings faint shapes.
+    In four rounds of the learning rate. The second brings two shapes with the right colours on a card, the
+    others bring faint shapes.
     """
     learned = torch.nn.ModuleList(modules).train()
 
@@ -270,9 +270,16 @@ def train_flow(name, vae, modules, velocity):
         x = torch.lerp(x0, x1, t.view(-1, 1, 1, 1))
         return F.mse_loss(velocity(x, t, prompts), x1 - x0)
 
-    train(name, learned, 5000, 1.5e-3, functools.partial(loss_of, done=0, loud_shapes=True))
-    train(f"{name}-late", learned, 3500, 1.2e-3, functools.partial(loss_of, done=5000, loud_shapes=True))
-    train(f"{name}-faint", learned, 1200, 5e-4, functools.partial(loss_of, done=8500, loud_shapes=False))
+    rounds = [
+        (name, 5000, 1.5e-3, True),
+        (f"{name}-late", 3500, 1.2e-3, True),
+        (f"{name}-faint", 1200, 5e-4, False),
+        (f"{name}-last", 2500, 1e-3, False),
+    ]
+    done = 0
+    for stage, steps, lr, loud_shapes in rounds:
+        train(stage, learned, steps, lr, functools.partial(loss_of, done=done, loud_shapes=loud_shapes))
+        done += steps
     learned.eval()
 
 

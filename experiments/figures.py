@@ -179,7 +179,8 @@ def draw_long(path):
             update, reward, gold = curve_of.T
             is_mean = i == len(runs)
             style = dict(lw=2.2, label=name) if is_mean else dict(lw=0.6, alpha=0.5)
-            for axis, x, y in zip(axes, (update, update, reward), (reward, gold, gold), strict=True):
+            pairs = ((update, reward), (update, gold), (reward, gold))
+            for axis, (x, y) in zip(axes, pairs, strict=True):
                 axis.plot(x, y, color=colour, ls=line, **style)
     labels = (("updates", "OCR reward, trained on"), ("updates", "gold, only watched"), ("OCR reward", "gold"))
     for axis, (x, y) in zip(axes, labels, strict=True):

@@ -182,7 +182,7 @@ def draw_long(path):
             pairs = ((update, reward), (update, gold), (reward, gold))
             for axis, (x, y) in zip(axes, pairs, strict=True):
                 axis.plot(x, y, color=colour, ls=line, **style)
-    labels = (("updates", "OCR reward, trained on"), ("updates", "gold, only watched"), ("OCR reward", "gold"))
+    labels = (("updates", "OCR reward, trained on"), ("updates", "gold, only watched"), ("reward", "gold"))
     for axis, (x, y) in zip(axes, labels, strict=True):
         axis.set(xlabel=x, title=y)
     axes[1].legend(fontsize=8, loc="lower left")

@@ -1,8 +1,8 @@
-"""For every test: no GPU, one thread, and none of the user's own reward servers."""
+"""For every test: no GPU, one thread, no hub, and none of the user's own reward servers."""
 
 import os
 
-os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # before torch is imported
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before imports
 
 import pytest
 import torch

@@ -1,311 +1,187 @@
-"""The full-size paths without weights: SD3.5-M and FLUX.1-dev as fake tensors, FLUX against diffusers."""
+"""SD3.5-M and FLUX.1-dev at their true sizes, without weights; pictures of diffusers; the optimizer."""
 
-import math
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
-from transformers import CLIPTextModel
+from helpers import HERE
 
 import guard
-from experiments import plan
-from rewards import BadInput
-from tiny import make
+from experiments.random_weights import DYNAMIC, FLUX, SD3
 
-FIT = ["--offload", "--grad_checkpoint"]
-SIZES = {  # parameters, of the LoRA; type; passes for a velocity; text tokens, width of pooled; GPU's bytes
-    "sd3.5-medium": (2_243_171_520, 18_776_064, torch.float16, 2, 205, 2048, 24e9),
-    "flux.1-dev": (11_901_408_320, 52_297_728, torch.bfloat16, 1, 128, 768, 80e9),
-}
+# ------------------------------------------------------------------------------------------------------------
+# True sizes
 
 
-def look(tensor):
-    return tuple(tensor.shape), tensor.dtype
+@pytest.mark.parametrize("kind, config, count", [
+    (SD3Transformer2DModel, SD3, 18_776_064), (FluxTransformer2DModel, FLUX, 52_297_728)])
+def test_the_lora_has_as_many_parameters_as_the_papers(kind, config, count):
+    with torch.device("meta"):
+        transformer = kind(**config).requires_grad_(False)
+        transformer.add_adapter(peft.LoraConfig(r=32, lora_alpha=64, target_modules=guard.LORA_TARGETS))
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained.values()) == count
+    assert not any("attn2" in name for name in trained)
 
 
-@pytest.fixture(scope="module", params=SIZES)
-def run(request):
-    """A slice of the preset's micro batch at 512 px through all phases, and the transformer's inputs."""
-    args = plan.resolve(["--model", request.param, *FIT])
-    backbone, passes, velocities = plan.load(args), [], []
-
-    def note(_, given, made):
-        passes.append([look(tensor) for tensor in (*given[:3], made[0])])
-
-    def velocity(*given, plain=backbone.velocity):
-        v = plain(*given)
-        velocities.append(look(v))
-        return v
-
-    backbone.transformer.register_forward_hook(note)
-    backbone.velocity = velocity
-    it = plan.plan(backbone, args)
-    return SimpleNamespace(**it, backbone=backbone, passes=passes, velocities=velocities)
-
-
-def test_true_sizes(run):
-    base, lora, dtype, *_ = SIZES[run.args.model]
-    named = dict(run.backbone.transformer.named_parameters())
-    assert run.lora == lora and sum(p.numel() for p in named.values()) == base + lora
-    assert {p.dtype for name, p in named.items() if "lora_" not in name} == {dtype}
-    assert {p.dtype for p in named.values() if p.requires_grad} == {torch.float32}
-    assert not any("attn2" in name for name, p in named.items() if p.requires_grad)
-    assert run.args.resolution == "512" and run.args.micro_batch == 8
-
-
-def test_a_slice_is_sampled_decoded_and_learnt_from(run):
-    _, _, dtype, guided, length, width, _ = SIZES[run.args.model]
-    tensors, latents = run.count["tensors"], (16, 64, 64)
-    assert [look(part) for part in tensors["text"]] == [((1, length, 4096), dtype), ((1, width), dtype)]
-    inside = latents if run.args.model == "sd3.5-medium" else (1024, 64)
-    shapes = (8, *inside), (8, length, 4096), (8, width), (8, *inside)
-    assert run.passes == [[(shape, dtype) for shape in shapes]] * 3 * guided
-    assert run.velocities == [((8, *latents), torch.float32)] * 3  # two of sampling, one of training
-    assert look(tensors["x"]) == ((8, *latents), torch.float32)
-    assert look(tensors["kept"]) == ((1, 3, 8, *latents), torch.float32)
-    assert look(tensors["pixels"]) == ((8, 3, 512, 512), torch.float32)
-    assert [look(part) for part in tensors["loss"]] == [((8,), torch.float32)] * 3
-
-
-def test_every_lora_parameter_gets_a_gradient(run):
-    touched = run.count["tensors"]["touched"]
-    named = [(name, p) for name, p in run.backbone.transformer.named_parameters() if p.requires_grad]
-    assert [p.shape for _, p in named] == [p.grad.shape for _, p in named]
-    assert {p.grad.dtype for _, p in named} == {torch.float32}
-    assert [name for name, p in named if id(p) not in touched] == []
-
-
-def test_it_fits(run):
-    """With --offload --grad_checkpoint at a micro batch of 8: SD3.5-M on 24 GB, FLUX.1-dev on 80 GB."""
-    assert run.transformer + run.encoders < run.total < SIZES[run.args.model][-1]
-    assert run.total == max(run.phases.values()) + plan.SPARE
-    assert run.count["state"]["left"] == pytest.approx(4 * run.lora_bytes, rel=1e-4)
-
-
-def test_an_epoch_is_the_sum_of_its_passes(run):
-    """48 x 24 images in slices of 8, each sampled and learnt from; kept are 3 fp32 tensors a trained step."""
-    steps, count, epoch = run.args.steps, run.count, run.flops["epoch"]
-    assert run.rollout_image == (steps - 1) * 3 * 4 * 16 * 64 * 64
-    assert run.rollout == 1152 * run.rollout_image
-    assert epoch["sample"] == 144 * steps * count["sample"]["flops"] / 2
-    assert epoch["train"] == 144 * (steps - 1) * count["train"]["flops"]
-    # Forward, again for the checkpoints, and backward without dL/dweights.
-    assert 3 < run.flops["ratio"] < 3.3
-    assert run.flops["run"] > 240 * sum(epoch.values()) and plan.hours(7.2e17, 100) == 2
-    table = dict(plan.rows(vars(run), 150))
-    assert table["trained parameters"] == f"{run.lora:,}" and all(table.values())
-
-
-def test_the_arithmetic_of_a_pass(run):
-    """FLOPs by hand: twice the weights that a token meets, and 4 L² C for attention; without the LoRA."""
-    if run.args.model == "flux.1-dev":
-        C, image, words = 3072, 1024, 128
-        streams = 19 * 12 * C**2 * (image + words) + 38 * 12 * C**2 * (image + words)
-        modulation = (19 * 12 + 38 * 3) * C**2
-        attention = 57 * 2 * (image + words) ** 2 * C
-        expected = 2 * (streams + modulation + attention)
+@pytest.mark.parametrize("kind, more, steps", [
+    (guard.SD3, {}, 10), (guard.SD3, {}, 40), (guard.Flux, DYNAMIC, 6), (guard.Flux, DYNAMIC, 28)])
+def test_noise_levels_are_those_of_the_pipelines_of_diffusers(kind, more, steps):
+    """At 512 x 512, which is 1024 tokens."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, **more)
+    backbone = kind.__new__(kind)
+    backbone.pipe, backbone.shape = SimpleNamespace(scheduler=scheduler), (16, 64, 64)
+    ours, theirs = backbone.sigmas(steps), FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    if more:
+        mu = calculate_shift(1024, 256, 4096, 0.5, 1.15)
+        retrieve_timesteps(theirs, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     else:
-        C, image, words = 1536, 1024, 205
-        streams = 24 * 12 * C**2 * (image + words) - 9 * C**2 * words + 13 * 4 * C**2 * image
-        attention = 24 * 2 * (image + words) ** 2 * C + 13 * 2 * image**2 * C
-        expected = 2 * 2 * (streams + attention + 4096 * C * words)
-    assert run.flops["image"] == pytest.approx(expected, rel=0.03)
-
-
-def test_precisions_are_those_of_loading():
-    """The plan casts its models as from_pretrained does, T5's exceptions included."""
-    folder = guard.MODELS["tiny-sd3"].place
-    dtype = {"default": torch.float16, "vae": torch.float32}
-    loaded = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
-    ours = plan.cast(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32), dtype)
-    for name, module in loaded.components.items():
-        if isinstance(module, torch.nn.Module):
-            expected = {key: value.dtype for key, value in module.state_dict().items()}
-            assert {key: value.dtype for key, value in ours.components[name].state_dict().items()} == expected
-    assert loaded.text_encoder_3.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
-
-
-def test_a_model_without_a_configuration_is_refused():
-    with pytest.raises(BadInput, match="--model tiny-sd3: expected sd3.5-medium or flux.1-dev"):
-        plan.load(plan.resolve(["--model", "tiny-sd3"]))
-
-
-def test_weights_that_two_modules_share_are_counted_once(run):
-    """T5's embeddings."""
-    t5 = run.backbone.encoders[-1]
-    assert t5.shared.weight is t5.encoder.embed_tokens.weight
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """SD3.5-M's configuration, with small numbers in it, and the flags of a small measurement."""
-    true = plan.TRUE["sd3.5-medium"]
-    sizes = dict(
-        num_layers=2,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        caption_projection_dim=128,
-        pooled_projection_dim=128,
-        dual_attention_layers=(0,),
-    )
-    monkeypatch.setitem(plan.TRUE, "sd3.5-medium", true | dict(
-        transformer=true["transformer"] | sizes, vae=true["vae"] | dict(block_out_channels=(32,) * 4)))
-    monkeypatch.setattr(plan, "CLIP_L", plan.clip_size(64, 2, 2, 64))
-    monkeypatch.setattr(plan, "CLIP_G", plan.clip_size(64, 2, 2, 64))
-    monkeypatch.setattr(plan, "T5_XXL", plan.T5_XXL | dict(d_model=64, d_kv=16, d_ff=128, num_heads=4))
-    return "--model sd3.5-medium --dtype float32 --guidance 1 --steps 3 --resolution 64 --encoders 1".split()
-
-
-@pytest.mark.parametrize("micro_batch, size", [(1, 2), (3, 3)])
-def test_a_measurement_stands_beside_its_plan(small, tmp_path, monkeypatch, capsys, micro_batch, size):
-    """Whole path on small numbers: every phase, a checkpoint that is read back, and the first ratio."""
-    monkeypatch.setattr(plan, "HERE", tmp_path)
-    flags = ["--measure", "--csv", "--micro_batch", str(micro_batch), *small]
-    monkeypatch.setattr("sys.argv", ["plan.py", *flags])
-    monkeypatch.setattr(plan, "matmul_peak", lambda dtype: 1e12)
-    seen, measure = {}, plan.measure
-
-    def noting(args, layers):
-        seen.update(measure(args, layers), args=args)
-        return seen
-
-    monkeypatch.setattr(plan, "measure", noting)
-    plan.main()
-    assert seen["args"].group_size == size and seen["args"].groups == 1
-    lines = plan.read(tmp_path / "measured.csv")
-    _, column = lines[0]
-    assert column.endswith("--resolution 64 --encoders 1")
-    rows = {line["what"]: line[column] for line in lines}
-    assert rows["first update: ratio - 1 and its deviation"] == "0.0e+00, 0.0e+00"
-    assert len(seen["first"]["ratio_mean"]) == 2 and seen["first"]["live"] == size
-    planned, saved = (float(part.split()[0]) for part in rows["a checkpoint: planned, measured"].split(", "))
-    assert saved == pytest.approx(planned, abs=1e-3)
-    for phase in ("encode", "sample", "decode", "train", "evaluate"):
-        # Not from below: earlier tests leave free memory in this process.
-        assert seen[phase]["peak"] < 2**31 and seen[phase]["seconds"] > 0
-    assert "`train`: planned, measured" in capsys.readouterr().out
-
-
-def test_too_little_memory_is_one_line_before_anything_is_allocated(small, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["plan.py", "--measure", *small])
-    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
-    monkeypatch.setattr(plan, "measure", lambda *_: pytest.fail("it went on"))
-    with pytest.raises(BadInput, match=r"needs 1\.\d GiB and 1\.0 GiB are free; try --offload"):
-        plan.main()
+        retrieve_timesteps(theirs, steps, "cpu")
+    assert ours == theirs.sigmas.tolist()
+    assert ours[0] == 1 and ours[-1] == 0 and len(ours) == steps + 1
 
 
 # ------------------------------------------------------------------------------------------------------------
-# FLUX against diffusers
+# Against the pipelines of diffusers
 
 
-def bare(kind, model, shape):
-    """A backbone with a scheduler and nothing else."""
-    scheduler = FlowMatchEulerDiscreteScheduler(**plan.TRUE[model]["scheduler"])
-    backbone = kind.__new__(kind)
-    backbone.pipe, backbone.shape = SimpleNamespace(scheduler=scheduler), shape
-    return backbone, FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+def load(model, guidance):
+    flags = f"--model {HERE}/tiny/{model} --gold none --guidance {guidance}"
+    return guard.load_backbone(guard.parse_args(flags.split()))
 
 
-@pytest.mark.parametrize("steps", [6, 28])
-def test_noise_levels_of_flux(steps):
-    backbone, scheduler = bare(guard.Flux, "flux.1-dev", (16, 64, 64))
-    sizes = [scheduler.config[name] for name in ("base_image_seq_len", "max_image_seq_len")]
-    mu = calculate_shift(1024, *sizes, scheduler.config.base_shift, scheduler.config.max_shift)
-    retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    assert backbone.sigmas(steps) == scheduler.sigmas.tolist()
-    assert mu == pytest.approx(0.5 + 0.65 * 768 / 3840)
-    t = np.linspace(1.0, 1 / steps, steps)
-    by_hand = [*(math.exp(mu) / (math.exp(mu) + 1 / t - 1)), 0]
-    assert backbone.sigmas(steps) == pytest.approx(by_hand, abs=1e-6)
+def draw(backbone, prompts):
+    """By the ODE sampler: images and the noise that they were drawn from."""
+    keys = [(0, guard.EVALUATION, i, 0) for i in range(len(prompts))]
+    embeddings = backbone.encode(set(prompts))
+    schedule = guard.make_schedule(backbone.sigmas(6), 0.0, "flow")
+    x, kept = guard.sample(backbone, schedule, [embeddings[prompt] for prompt in prompts], keys)
+    assert kept == []
+    noise = [guard.rng(*key, 0).standard_normal(backbone.shape, np.float32) for key in keys]
+    return backbone.decode(x), torch.from_numpy(np.stack(noise))
 
 
-@pytest.mark.parametrize("steps", [10, 40])
-def test_noise_levels_of_sd3(steps):
-    backbone, scheduler = bare(guard.SD3, "sd3.5-medium", (16, 64, 64))
-    retrieve_timesteps(scheduler, steps, "cpu")
-    assert backbone.sigmas(steps) == scheduler.sigmas.tolist()
-    lowest = 3 * (1 / 1000) / (1 + 2 / 1000)  # shifted once, and once more with all that lie between it and 1
-    t = np.linspace(1, lowest, steps)
-    assert backbone.sigmas(steps) == pytest.approx([*(3 * t / (1 + 2 * t)), 0], abs=1e-6)
+def draw_by_pipeline(backbone, prompts, guidance, latents):
+    backbone.pipe.set_progress_bar_config(disable=True)
+    tokenizer = backbone.pipe.tokenizer_2 if isinstance(backbone, guard.Flux) else backbone.pipe.tokenizer_3
+    return backbone.pipe(
+        prompts, height=32, width=64, num_inference_steps=6, guidance_scale=guidance, latents=latents,
+        max_sequence_length=tokenizer.model_max_length).images
 
 
-def small_flux(folder):
-    """A FluxPipeline with small random weights on disk."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.4, shift_factor=0.1)  # fmt: skip
-    clip, t5 = make.clip_tokenizer(), make.t5_tokenizer()
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6))  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(**plan.TRUE["flux.1-dev"]["scheduler"])
-    encoders = make.make_clip(CLIPTextModel, clip, 1), make.make_t5(t5)
-    FluxPipeline(scheduler, vae, encoders[0], clip, encoders[1], t5, transformer).save_pretrained(folder)
+def difference(ours, theirs):
+    """The largest, in levels of 256."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(np.abs(np.array(one, int) - np.array(other, int)).max() for one, other in pairs)
 
 
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("flux")
-    small_flux(folder)
-    args = guard.parse_args(
-        f"--model {folder} --dtype float32 --resolution 32x48 --group_size 2 --micro_batch 2".split()
-    )
-    assert (args.steps, args.guidance, args.eta) == (6, 3.5, 0.9)  # FLUX.1-dev's preset, by its class
-    return guard.load_backbone(args)
+PROMPTS = [line for line in (HERE / "prompts/cards/test.txt").read_text().splitlines() if line][:2]
 
 
-def test_packing_of_flux(flux, monkeypatch):
-    """What the transformer is given, and the way back, are FluxPipeline's."""
-    given = []
-
-    def echo(*args, **_):
-        given.append(args)
-        return (args[0] + 1,)
-
-    x = torch.randn(2, 4, 16, 24)
-    monkeypatch.setattr(flux.transformer, "forward", echo)
-    v = flux.velocity(x, 0.7, [flux.encode(["a card"])["a card"]] * 2)
-    packed = FluxPipeline._pack_latents(x, 2, 4, 16, 24)
-    assert torch.equal(given[0][0], packed)
-    assert torch.equal(v, FluxPipeline._unpack_latents(packed + 1, 32, 48, flux.pipe.vae_scale_factor))
-    assert torch.equal(v, x + 1)
-    _, tokens, pooled, level, image_ids, text_ids, guidance = given[0]
-    assert tokens.shape == (2, make.TEXT_LENGTH, 128) and pooled.shape == (2, 64)
-    assert level.tolist() == pytest.approx([0.7] * 2) and guidance.tolist() == [3.5] * 2
-    assert torch.equal(image_ids, FluxPipeline._prepare_latent_image_ids(2, 8, 12, "cpu", torch.float32))
-    assert torch.equal(text_ids, torch.zeros(make.TEXT_LENGTH, 3))
+def test_sd3_with_guidance_draws_what_diffusers_draws():
+    backbone = load("sd3", 4.5)
+    ours, noise = draw(backbone, PROMPTS)
+    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 4.5, noise)) <= 1
+    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 1.0, noise)) > 10
 
 
-def test_flux_draws_the_same_pictures_as_diffusers(flux):
-    """The ODE sampler from the same noise: latents equal but for the order of fp32 sums, pixels equal."""
-    keys = [(0, 0, 0, member) for member in range(2)]
-    noise = torch.stack(
-        [torch.from_numpy(guard.rng(*key, 0).standard_normal(flux.shape, np.float32)) for key in keys]
-    )
-    ode = guard.schedule(flux.sigmas(6), 0.0, "flow")
-    x, kept = guard.sample(flux, ode, [flux.encode(["a red card"])["a red card"]] * 2, keys)
-    flux.pipe.set_progress_bar_config(disable=True)
+def test_flux_draws_what_diffusers_draws_with_guidance_inside_and_without():
+    """FLUX.1-schnell's transformer has no input for it."""
+    backbone = load("flux", 3.5)
+    ours, noise = draw(backbone, PROMPTS)
+    packed = FluxPipeline._pack_latents(noise, 2, *backbone.shape)
+    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 3.5, packed)) <= 1
+    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 20.0, packed)) > 1
+    config = dict(backbone.transformer.config) | dict(guidance_embeds=False)
+    schnell = FluxTransformer2DModel.from_config(config)
+    schnell.load_state_dict(load("flux", 3.5).pipe.transformer.state_dict(), strict=False)
+    backbone.transformer = backbone.pipe.transformer = schnell
+    ours, _ = draw(backbone, PROMPTS)
+    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 3.5, packed)) <= 1
 
-    def draw(output_type):
-        return flux.pipe(
-            "a red card", height=32, width=48, num_inference_steps=6, guidance_scale=3.5,
-            num_images_per_prompt=2, max_sequence_length=make.TEXT_LENGTH, output_type=output_type,
-            latents=FluxPipeline._pack_latents(noise, 2, *flux.shape)).images  # fmt: skip
 
-    theirs = FluxPipeline._unpack_latents(draw("latent"), 32, 48, flux.pipe.vae_scale_factor)
-    assert kept == [] and (theirs - noise).abs().max() > 0.1
-    assert (x - theirs).abs().max() < 1e-5
-    for ours, its in zip(flux.decode(x), draw("pil"), strict=True):
-        assert np.abs(np.int16(ours) - np.int16(its)).max() == 0
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer, on a model of four numbers
+
+
+@pytest.fixture
+def make_policy():
+    def make_policy(**settings):
+        transformer = torch.nn.Linear(4, 1, bias=False)
+        transformer.weight.data = torch.tensor([[10.0, -20.0, 30.0, 40.0]])
+        return guard.Policy(SimpleNamespace(transformer=transformer), guard.Args(**settings))
+
+    return make_policy
+
+
+def test_an_update_is_a_step_of_adamw_with_the_gradients_norm_cut_to_1(make_policy):
+    policy = make_policy(lr=0.1, dtype="float32")
+    (weight,) = policy.params
+    before, gradient = weight.detach().clone(), torch.tensor([[3.0, 0.0, -4.0, 0.0]])
+    weight.grad.copy_(gradient)
+    assert policy.apply_gradients() == 5  # the norm before it is cut
+    cut = gradient / 5
+    # AdamW's first step: weight decay of 1e-4, then lr times the gradient's sign.
+    torch.testing.assert_close(weight.detach(), before * (1 - 0.1 * 1e-4) - 0.1 * cut.sign())
+    torch.testing.assert_close(policy.optimizer.state[weight]["exp_avg"], 0.1 * cut)
+    torch.testing.assert_close(policy.optimizer.state[weight]["exp_avg_sq"], 0.001 * cut**2)
+    assert not weight.grad.any()
+    weight.grad.copy_(gradient / 50)
+    policy.apply_gradients()  # a norm of 0.1 stays as it is
+    torch.testing.assert_close(policy.optimizer.state[weight]["exp_avg"], 0.09 * cut + 0.1 * gradient / 50)
+
+
+def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(make_policy):
+    policy = make_policy(dtype="float16")
+    (weight,) = policy.params
+    before = weight.detach().clone()
+    for value, factor in ((float("inf"), 0.5), (float("nan"), 0.25), (1.0, 0.25)):
+        policy.scaler.scale(weight.sum())  # makes the scale, as a backward pass does
+        weight.grad.fill_(value)
+        policy.apply_gradients()
+        assert policy.scaler.get_scale() == 2.0**24 * factor
+        assert torch.equal(weight, before) == (value != 1)
+        assert not weight.grad.any()
+
+
+def test_the_scale_changes_no_gradient(make_policy):
+    policy = make_policy(dtype="float16", lr=0.1)
+    (weight,) = policy.params
+    policy.scaler.scale((weight * torch.tensor([[0.03, 0.0, -0.04, 0.0]])).sum()).backward()
+    assert policy.apply_gradients() == pytest.approx(0.05)
+
+
+def test_in_float32_a_gradient_that_is_not_finite_ends_the_run(make_policy):
+    policy = make_policy(dtype="float32")
+    policy.params[0].grad.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="non-finite"):
+        policy.apply_gradients()
+
+
+def test_the_moving_average_moves_at_every_eighth_update(make_policy):
+    """By 1 - min(0.9, 9/18) at the 8th, by 1 - min(0.9, 17/26) at the 16th."""
+    policy = make_policy()
+    (weight,) = policy.params
+    start = weight.detach().clone()
+    for updates in range(1, 18):
+        weight.data = start + updates
+        policy.update_average(updates, 0.9)
+        if updates == 9:
+            torch.testing.assert_close(policy.average, start[0] + 8 * 0.5)
+    torch.testing.assert_close(policy.average, start[0] + 4 + (16 - 4) * (1 - 17 / 26))
+    policy.update_average(1000, 0.9)
+    torch.testing.assert_close(policy.average, 0.9 * (start[0] + 4 + 12 * 9 / 26) + 0.1 * (start[0] + 17))
+    policy.update_average(1001, 0.0)  # no average
+    assert torch.equal(policy.average, weight[0])
+    weight.data = start
+    policy.swap_average()
+    assert torch.equal(weight, start + 17) and torch.equal(policy.average, start[0])

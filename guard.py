@@ -208,7 +208,7 @@ def read_index(name):
     except (OSError, ValueError) as error:
         how = "if gated, accept its licence and run `hf auth login`; --model tiny/sd3 runs on a CPU"
         raise BadInput(f"--model {name}: {' '.join(str(error).split())[:200]}; {how}") from None
-    kind, scheduler = index["_class_name"], index["scheduler"][1]
+    kind, scheduler = index["_class_name"], (index["scheduler"] or [None, None])[1]
     require(kind in PRESETS, f"--model {name}: is a {kind}; expected {' or '.join(PRESETS)}")
     is_euler = scheduler == "FlowMatchEulerDiscreteScheduler"
     require(is_euler, f"--model {name}: has a {scheduler}; expected FlowMatchEulerDiscreteScheduler")
@@ -235,7 +235,8 @@ def check(args):
     require(args.sde != "cps" or args.eta <= 1, f"--eta {args.eta}: expected at most 1 with cps")
     for name in ("height", "width"):
         require(getattr(args, name) % 16 == 0, f"--{name} {getattr(args, name)}: expected a multiple of 16")
-    require(not args.init_lora or Path(args.init_lora).exists(), f"--init_lora: there is no {args.init_lora}")
+    has_lora = not args.init_lora or Path(args.init_lora).exists() or newest_checkpoint(args)
+    require(has_lora, f"--init_lora: there is no {args.init_lora}")
     training_set, held_out = rewards.prompt_files(args.prompts)
     rewards.read_prompts(training_set, [args.reward])
     rewards.read_prompts(held_out, [args.reward, *args.gold])
@@ -548,7 +549,11 @@ def load_pipeline(args):
                 place, subfolder=name, use_safetensors=True, torch_dtype=dtype, output_loading_info=True)
             missing = sorted(about["missing_keys"])
             require(not missing, f"--model {args.model}: {name} has no weights for {missing[:1]}")
-    return diffusers.DiffusionPipeline.from_pretrained(place, **loaded)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(place, **loaded)
+    for name, part in pipe.components.items():
+        is_whole = not name.startswith("tokenizer") or len(part) >= 100  # a stub has a few tokens
+        require(is_whole, f"--model {args.model}: {name} has no vocabulary")
+    return pipe
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -814,9 +819,16 @@ def claim_folder(args):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BadInput(f"--run_dir {folder}: another process is at work on this run") from None
-    (folder / "config.partial").write_text(json.dumps(asdict(args), indent=2) + "\n")
-    (folder / "config.partial").replace(folder / "config.json")
+    if not args.resume:
+        save_settings(args)
     return lock
+
+
+def save_settings(args):
+    """config.json; the old one stays until the new one is whole."""
+    path = Path(args.run_dir) / "config.json"
+    path.with_suffix(".partial").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    path.with_suffix(".partial").replace(path)
 
 
 def log(args, **line):
@@ -872,7 +884,7 @@ def newest_checkpoint(args):
 
 
 def load_checkpoint(policy, args):
-    """Put the newest checkpoint into the policy, and cut metrics.jsonl back to it. Returns its `position`.
+    """Put the newest checkpoint into the policy, cut metrics.jsonl back to it. Returns its `position`.
 
     Every rank reads it: on several machines --resume needs a disk that they share.
     """
@@ -880,10 +892,13 @@ def load_checkpoint(policy, args):
     if folder:
         state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
         position = state["position"]
+        fits = len(state["params"]) == len(policy.average)
+        require(fits, f"--resume {args.run_dir}: its LoRA has another size than --lora_rank or --model say")
         policy.load_state(state, args.lr)
     if RANK == 0:
         kept = (folder / "metrics.jsonl").read_text() if folder else ""
         (Path(args.run_dir) / "metrics.jsonl").write_text(kept)
+        save_settings(args)
     is_same = all_reduce(torch.tensor(position["epochs"], device=DEVICE)) == WORLD * position["epochs"]
     require(is_same, f"--resume {args.run_dir}: the processes see other checkpoints; they need a shared disk")
     return position
@@ -971,6 +986,13 @@ def train(args):
         bar.update()
 
 
+def leave(code):
+    """End at once, without waiting for a reward that hangs or for the other ranks."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main():
     """Exit code 0; 2 and one line for bad input; 1 and a traceback for anything else, at once."""
     try:
@@ -989,14 +1011,13 @@ def main():
             dist.init_process_group("nccl" if ON_GPU else "gloo")
         train(args)
     except BadInput as error:
-        print(f"guard.py: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        print(f"guard.py: error: {error}", file=sys.stderr)
+        leave(2)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         if isinstance(error, torch.OutOfMemoryError):
             print("try --grad_checkpoint, --offload or a smaller --micro_batch", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)  # without waiting for a reward that hangs, or for the other ranks
+        leave(1)
     if WORLD > 1:
         dist.destroy_process_group()
 

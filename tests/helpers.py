@@ -53,7 +53,7 @@ def start(arguments, output, prepare=None, ranks=1):
 def run(arguments, output, prepare=None):
     """guard.py to its end. Returns its exit code and the lines of stderr without progress bars."""
     (process,) = start(arguments, output, prepare)
-    process.join(60)
+    process.join(300)
     return process.exitcode, errors(f"{output}-0.err")
 
 

@@ -439,7 +439,7 @@ def learn_groups(model, processor, train, drawn):
         ]
         return F.cross_entropy(logits.flatten(0, 1), torch.tensor(wanted))
 
-    train("pickscore-groups", model, 1400, 6e-4, loss_of)
+    train("pickscore-groups", model, 2100, 6e-4, loss_of)
 
 
 def own_logits(model, processor, prompts, images):

@@ -8,6 +8,7 @@ Each is a folder as transformers saves it, in half precision.
 """
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -394,22 +395,55 @@ def make_pickscore_clip(tokenizer, train, random_card):
 
 
 def make_pickscore(tokenizer, train, random_card, drawn):
-    """That model, taught by PickScore's loss to prefer one of two pictures. drawn: see `pair`."""
+    """That model, taught by PickScore's loss to prefer one of two pictures. drawn: prompt -> 4 pictures."""
     model, processor = make_pickscore_clip(tokenizer, train, random_card)
+    learn_pairs(model, processor, train, random_card, drawn)
+    learn_groups(model, processor, train, drawn)
+    return model.eval(), processor
+
+
+def learn_pairs(model, processor, train, random_card, drawn):
     pairs = [pair(index, random_card, drawn) for index in range(PAIRS)]
     likings = [[liking(image, prompt) for image in images] for prompt, images in pairs]
     labels = [preference(two, random.Random(index)) for index, two in enumerate(likings)]
 
-    def prefer(step):
+    def loss_of(step):
         chosen = random.Random(step).sample(range(PAIRS), 32)
         prompts = [pairs[index][0] for index in chosen]
         images = [image for index in chosen for image in pairs[index][1]]
-        output = model(**inputs_of(processor, prompts, images))
-        rows = torch.arange(len(chosen))
-        logits = [output.logits_per_text[rows, 2 * rows + which] for which in (0, 1)]  # (B,) each
         wanted = torch.tensor([labels[index] for index in chosen])
-        return F.cross_entropy(torch.stack(logits, dim=1), wanted)
+        return F.cross_entropy(own_logits(model, processor, prompts, images), wanted)
 
-    train("pickscore", model, 2500, 5e-4, prefer)
-    train("pickscore-last", model, 1000, 3e-4, prefer)
-    return model.eval(), processor
+    train("pickscore", model, 2500, 5e-4, loss_of)
+
+
+def learn_groups(model, processor, train, drawn):
+    """On a base model's own pictures: all six pairs of the four of a prompt, judged anew each time.
+
+    Three quarters are of shapes, which are harder to tell apart than words.
+    """
+    one, other = zip(*itertools.combinations(range(4), 2), strict=True)  # 6 each
+    words = [prompt for prompt in sorted(drawn) if cards.parse(prompt).word]
+    shapes = [prompt for prompt in sorted(drawn) if not cards.parse(prompt).word]
+    likings = {prompt: [liking(image, prompt) for image in drawn[prompt]] for prompt in words + shapes}
+
+    def loss_of(step):
+        rng = random.Random(step)
+        prompts = rng.sample(shapes, 12) + rng.sample(words, 4)
+        images = [image for prompt in prompts for image in drawn[prompt]]
+        logits = own_logits(model, processor, prompts, images)  # (16, 4)
+        logits = torch.stack([logits[:, one], logits[:, other]], dim=-1)  # (16, 6, 2)
+        liked = [likings[prompt] for prompt in prompts]
+        wanted = [
+            preference((four[i], four[j]), rng) for four in liked for i, j in zip(one, other, strict=True)
+        ]
+        return F.cross_entropy(logits.flatten(0, 1), torch.tensor(wanted))
+
+    train("pickscore-groups", model, 2100, 6e-4, loss_of)
+
+
+def own_logits(model, processor, prompts, images):
+    """(B, pictures of a prompt): how well each goes with its prompt. images: prompt by prompt."""
+    logits = model(**inputs_of(processor, prompts, images)).logits_per_text  # (B, all pictures)
+    rows = torch.arange(len(prompts))
+    return logits.unflatten(1, (len(prompts), -1))[rows, rows]

@@ -540,8 +540,6 @@ def load_pipeline(args):
     index = read_index(args.model)
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0]}
     for name, (library, kind) in parts.items():
-        is_there = not Path(place).is_dir() or any((Path(place) / name).glob("*"))
-        require(is_there, f"--model {args.model}: has no {name}")
         if name.startswith(("transformer", "text_encoder", "vae")):
             model_class = getattr(diffusers if library == "diffusers" else transformers, kind)
             dtype = torch.float32 if name == "vae" else getattr(torch, args.dtype)
@@ -799,6 +797,7 @@ def all_reduce(tensor):
 def say(text):
     if RANK == 0:
         tqdm.write(text)
+        sys.stdout.flush()  # os._exit does not
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -908,11 +907,6 @@ def load_checkpoint(policy, args):
 # 6. Evaluate
 
 
-def short_name(reward_name):
-    """The function of module:function."""
-    return reward_name.split(":")[-1]
-
-
 @torch.no_grad()
 def evaluate(backbone, policy, args, scorer, updates):
     """Draw held-out prompts by the ODE sampler with the averaged weights: the reward, and gold scores."""
@@ -923,7 +917,7 @@ def evaluate(backbone, policy, args, scorer, updates):
     policy.swap_average()
     scores = scorer.collect(slices, len(prompts))  # (rewards, prompts)
     reward, *gold = scores.mean(1).tolist()
-    gold = dict(zip(map(short_name, args.gold), gold, strict=True))
+    gold = dict(zip([name.split(":")[-1] for name in args.gold], gold, strict=True))
     log(args, kind="eval", update=updates, reward=reward, gold=gold)
     say(f"update {updates}: reward {reward:.4f}" + "".join(f", {name} {gold[name]:.4f}" for name in gold))
     if RANK == 0:
@@ -986,13 +980,6 @@ def train(args):
         bar.update()
 
 
-def leave(code):
-    """End at once, without waiting for a reward that hangs or for the other ranks."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def main():
     """Exit code 0; 2 and one line for bad input; 1 and a traceback for anything else, at once."""
     try:
@@ -1011,13 +998,14 @@ def main():
             dist.init_process_group("nccl" if ON_GPU else "gloo")
         train(args)
     except BadInput as error:
-        print(f"guard.py: error: {error}", file=sys.stderr)
-        leave(2)
+        print(f"guard.py: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         if isinstance(error, torch.OutOfMemoryError):
             print("try --grad_checkpoint, --offload or a smaller --micro_batch", file=sys.stderr)
-        leave(1)
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for a reward that hangs, or for the other ranks
     if WORLD > 1:
         dist.destroy_process_group()
 

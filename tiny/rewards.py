@@ -72,7 +72,7 @@ def check_card(prompt, metadata):
 def check_geneval(prompt, metadata):
     from scorers import geneval as full_size
 
-    full_size.check(prompt, metadata, **JUDGES)
+    full_size.check(prompt, metadata, JUDGES["detector"])
 
 
 for loader in (gold, colour, frame, pattern, content):

@@ -493,8 +493,6 @@ BACKBONES = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
 LORA_TARGETS = r".*\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 
 
-
-
 def together(embeddings):
     """Embeddings of B prompts as one: (B, L, E) and (B, E)."""
     tokens, pooled = zip(*embeddings, strict=True)
@@ -898,6 +896,8 @@ def load_checkpoint(policy, args):
         kept = (folder / "metrics.jsonl").read_text() if folder else ""
         (Path(args.run_dir) / "metrics.jsonl").write_text(kept)
         save_settings(args)
+        versions = {part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)}
+        log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
     is_same = all_reduce(torch.tensor(position["epochs"], device=DEVICE)) == WORLD * position["epochs"]
     require(is_same, f"--resume {args.run_dir}: the processes see other checkpoints; they need a shared disk")
     return position
@@ -936,16 +936,15 @@ def train(args):
     backbone = load_backbone(args)
     policy = Policy(backbone, args)
     position = load_checkpoint(policy, args)
-    log(args, kind="start", processes=WORLD, device=str(DEVICE),
-        versions={part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)})
     scorer = Scorer([args.reward, *args.gold])
     prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[0])
     evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # numbers of epochs done
     sheet = Path(args.run_dir) / f"samples/{position['updates']:06d}.png"
-    if position["epochs"] in evaluations or sheet.exists():  # what came after the checkpoint is done again
+    start = position["epochs"]
+    if start in evaluations or sheet.exists():  # what came after the checkpoint is done again
         evaluate(backbone, policy, args, scorer, position["updates"])
-    bar = tqdm(total=args.epochs, initial=position["epochs"], desc="epoch", disable=RANK > 0)
-    for epoch in range(position["epochs"], args.epochs):
+    bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
+    for epoch in bar:
         # 1. Sample: G images per prompt, slice by slice.
         times = [time.perf_counter()]
         schedule = make_schedule(backbone.sigmas(args.steps), args.eta, args.sde, noisy_steps(args, epoch))
@@ -955,6 +954,7 @@ def train(args):
         # 2. Reward: wait for what the thread has not scored yet.
         scores = scorer.collect(slices, args.groups * args.group_size)[0].view(args.groups, args.group_size)
         times.append(time.perf_counter())
+        bar.set_postfix_str(f"reward {scores.mean():.3f}")
         # 3. Advantage: each image against its group.
         A = advantages(scores)  # (groups, G)
         # 4. Update: each on its own groups, so in the second rho says how far the first has moved the policy.
@@ -965,19 +965,24 @@ def train(args):
             log(args, kind="update", epoch=epoch, update=position["updates"], first=k == 0, **line)
         times.append(time.perf_counter())
         # 5. Save, before the evaluation, so that a gold score that fails costs no epoch.
-        log(args, kind="rollout", epoch=epoch, images=scores.numel(), reward_mean=scores.mean().item(),
-            reward_std=scores.std(correction=0).item(), dead_groups=(~A.any(1)).sum().item(),
-            sigma=[step.sigma for step in schedule if step.s > 0],
-            seconds=dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True)),
-            memory=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None)
+        log(args, kind="rollout", epoch=epoch, **rollout_line(schedule, scores, times))
         position["epochs"] = epoch + 1
         if RANK == 0 and ((epoch + 1) % args.save_every == 0 or epoch + 1 == args.epochs):
             save_checkpoint(backbone, policy, args, position)
         # 6. Evaluate on held-out prompts.
         if epoch + 1 in evaluations:
             evaluate(backbone, policy, args, scorer, position["updates"])
-        bar.set_postfix_str(f"reward {scores.mean():.3f}")
-        bar.update()
+
+
+def rollout_line(schedule, scores, times):
+    """See `log`. scores (groups, G); times, in seconds: before sampling, and after each of the three parts."""
+    seconds = dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True))
+    line = dict(images=scores.numel(), reward_mean=scores.mean().item(), seconds=seconds)
+    line["reward_std"] = scores.std(correction=0).item()
+    line["dead_groups"] = (scores.amax(1) == scores.amin(1)).sum().item()
+    line["sigma"] = [step.sigma for step in schedule if step.s > 0]
+    line["memory"] = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None
+    return line
 
 
 def main():

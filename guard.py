@@ -975,7 +975,7 @@ def train(args):
 
 
 def rollout_line(schedule, scores, times):
-    """See `log`. scores (groups, G); times, in seconds: before sampling, and after each of the three parts."""
+    """See `log`. scores (groups, G); times, in seconds, before sampling and after each of the three parts."""
     seconds = dict(zip(("sample", "reward", "train"), np.diff(times).tolist(), strict=True))
     line = dict(images=scores.numel(), reward_mean=scores.mean().item(), seconds=seconds)
     line["reward_std"] = scores.std(correction=0).item()

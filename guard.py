@@ -25,8 +25,9 @@ One epoch, as in the loop of `train`:
 
 The clip acts from an epoch's second update on. In the first the policy is still the one that drew the images,
 so the ratio is 1. In the second it says how far the first update, on other images, has moved the model. The
-clip drops the samples that the first update has already moved towards their advantage, good ones up and
-bad ones down. The rest pull back. So a narrow clip is a brake, and a very narrow one undoes the first update.
+clip drops samples that the first update has already moved towards their advantage, good ones up and bad ones
+down. Those that it has moved the wrong way are never dropped, and pull back. So a narrow clip is a brake, and
+a very narrow one undoes the first update.
 
 Symbols, the same in all of the file; mean(...) in an equation is over the D dimensions of one sample:
 
@@ -64,6 +65,7 @@ import time
 import traceback
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import pairwise
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -87,7 +89,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
 METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard")
-REWARD_DEADLINE = 540  # seconds from the last image to the last reward; NCCL gives up waiting after 600
+REWARD_DEADLINE = 600  # seconds from a rank's last image to its last reward
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -128,7 +130,7 @@ class Args:
     lora_rank: int = flag(32, "rank of the LoRA")
     lora_alpha: int = flag(64, "alpha of the LoRA")
     init_lora: str = flag(None, "LoRA to start from, folder or file, of rank --lora_rank")
-    ema_decay: float = flag(0.9, "largest decay of the LoRA's moving average; 0 for none")
+    ema_decay: float = flag(0.9, "largest decay of the LoRA's average, moved every 8 updates; 0: none")
     eval_every: int = flag(30, "epochs between evaluations")
     eval_prompts: int = flag(1024, "held-out prompts in an evaluation")
     save_every: int = flag(1, "epochs between checkpoints")
@@ -138,7 +140,7 @@ class Args:
     offload: bool = flag(False, "encoders, embeddings, VAE and the kept rollout are on the CPU when idle")
     seed: int = flag(0, "keys every random number")
     run_dir: str = flag(None, "folder of the run, new or empty; runs/DATE-TIME unless given")
-    resume: str = flag(None, "folder of a run to go on with; other flags change its settings")
+    resume: str = flag(None, "folder of a run to go on with; each other flag changes that setting alone")
     dry_run: bool = flag(False, "print the settings and end")
 
 
@@ -146,13 +148,14 @@ MODELS = {
     "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
     "flux.1-dev": "black-forest-labs/FLUX.1-dev",
 }
-# What differs from Args, by the class of the pipeline: for all runs, then by task, by method, by sampler. A
-# later row wins. `clip` is at D = 65,536. A model's folder may hold such a table too, guard.json, which wins.
+# What differs from Args, by the class of the pipeline. The rows of a run apply in order: all, its task,
+# baseline, its sampler. Then those of guard.json, which a model's folder may hold, override them. `clip` is
+# at D = 65,536.
 SD3_PRESET = {
     "all": dict(clip=2e-6),
     "geneval": dict(epochs=930),
     "pickscore": dict(epochs=510, clip=4e-6),
-    "baseline": dict(lr=3e-4, clip=1e-4),  # every method that trains on Eq. 7
+    "baseline": dict(lr=3e-4, clip=1e-4),  # every method but rationorm and guard
     "dance": dict(eta=0.3, same_noise=True),
 }
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
@@ -232,6 +235,8 @@ def check(args):
     require(G % args.micro_batch == 0, f"--micro_batch {args.micro_batch}: expected a divisor of {G}")
     require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
     require(window < args.steps, f"--sde_window {window}: expected at most {args.steps - 1}")
+    names = [name.split(":")[-1] for name in args.gold]
+    require(len(set(names)) == len(names), f"--gold {args.gold}: expected functions of different names")
     require(args.sde != "cps" or args.eta <= 1, f"--eta {args.eta}: expected at most 1 with cps")
     for name in ("height", "width"):
         require(getattr(args, name) % 16 == 0, f"--{name} {getattr(args, name)}: expected a multiple of 16")
@@ -313,13 +318,14 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
        deviation sqrt(2 KL) / D. The shift is -KL / D.
     3. So the ratio's centre lies below 1 by sqrt(KL/2) of its standard deviations, for a sum over D as for a
        mean. This left shift is small below 1 nat, and large beyond.
-    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. Once the standard deviation is
-       as large as that range, the centre lies 3.3 of them below 1. So either nothing is clipped, or nearly
-       only the low side.
-    5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation goes as |b| over the steps,
-       8-fold on SD3.5; that of Eq. 7 goes as |b| / s, 26-fold. One clip range comes closer to fitting all.
-    6. Guard's clip range is 2e-6. Times D, and divided by s to undo the factor of Eq. 8, that is 0.131 / s
-       nats, 0.2 to 0.6: PPO's usual size. To keep it at another D, the range goes as 1/D.
+    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. When the standard deviation has
+       reached the clip range, the centre lies 3.3 standard deviations below 1. So either nothing is clipped,
+       or nearly only the low side.
+    5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation is proportional to |b|, which
+       varies 8-fold over the steps of SD3.5; that of Eq. 7 to |b| / s, 26-fold. So one clip range comes
+       closer to fitting all steps.
+    6. Guard's clip range is 2e-6. As a range of the summed log-ratio it is 2e-6 D / s = 0.131 / s nats, 0.2
+       to 0.6: PPO's usual size. To keep that at another D, scale the range by 1/D.
 
     exp(Eq. 8) is no importance ratio any more. It measures how far the new mean lies along the noise that was
     drawn, and is used as a trust region.
@@ -453,7 +459,7 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, x):
-        """(B, C, H, W) latents -> B PIL images, in chunks of at most one of 512 x 512, to save memory."""
+        """(B, C, H, W) latents -> B PIL images, in chunks of at most 512 x 512 pixels, to save memory."""
         vae = self.pipe.vae.to(DEVICE)
         count = max(1, 64 * 64 // math.prod(x.shape[2:]))
         x = (x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
@@ -671,7 +677,7 @@ class Policy:
         self.average = parameters_to_vector(self.params).detach()
         self.optimizer = torch.optim.AdamW(self.params, lr=args.lr, betas=(0.9, 0.999), weight_decay=1e-4)
         # The loss is a mean over samples, steps and D, so dL/dv is about 4e-9 for SD3.5, which fp16 cannot
-        # hold. The scaler multiplies the loss by as much as it can, and divides the gradients.
+        # hold. The scaler multiplies the loss by 2**24, by less once that overflows, and divides gradients.
         # Departure: the authors' frozen weights are fp32, under fp16 autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
         for p in self.params:
@@ -718,7 +724,8 @@ class Policy:
         self.average = state["average"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["lr"] = lr
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run was not in float16 before
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def update(backbone, policy, args, schedule, slices, A, group_ids):
@@ -808,16 +815,17 @@ def claim_folder(args):
     Raises BadInput for a folder that is not empty, and for a run that another process is at work on.
     """
     folder = Path(args.run_dir)
-    is_new = not folder.exists() or not any(folder.iterdir())
-    require(args.resume or is_new, f"--run_dir {folder}: is not empty; --resume {folder} goes on with a run")
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    lock = open(folder / "metrics.jsonl", "a")  # noqa: SIM115
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BadInput(f"--run_dir {folder}: another process is at work on this run") from None
     if not args.resume:
+        is_new = not any(folder.iterdir())
+        require(is_new, f"--run_dir {folder}: is not empty; --resume {folder} goes on with a run")
         save_settings(args)
+    (folder / "samples").mkdir(exist_ok=True)
     return lock
 
 
@@ -895,7 +903,8 @@ def load_checkpoint(policy, args):
     if RANK == 0:
         kept = (folder / "metrics.jsonl").read_text() if folder else ""
         (Path(args.run_dir) / "metrics.jsonl").write_text(kept)
-        save_settings(args)
+        if args.epochs > position["epochs"]:  # and not to evaluate only
+            save_settings(args)
         versions = {part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)}
         log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
     is_same = all_reduce(torch.tensor(position["epochs"], device=DEVICE)) == WORLD * position["epochs"]
@@ -941,7 +950,8 @@ def train(args):
     evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # numbers of epochs done
     sheet = Path(args.run_dir) / f"samples/{position['updates']:06d}.png"
     start = position["epochs"]
-    if start in evaluations or sheet.exists():  # what came after the checkpoint is done again
+    # Asked for, or lost with what came after the checkpoint.
+    if start in evaluations or start > args.epochs or sheet.exists():
         evaluate(backbone, policy, args, scorer, position["updates"])
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
     for epoch in bar:
@@ -1000,7 +1010,9 @@ def main():
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls, the LoRA's; rho is elementwise
         if WORLD > 1:
-            dist.init_process_group("nccl" if ON_GPU else "gloo")
+            # Ranks wait for each other for longer than a reward may take, so that its own error is seen.
+            wait = timedelta(seconds=3 * REWARD_DEADLINE)
+            dist.init_process_group("nccl" if ON_GPU else "gloo", timeout=wait)
         train(args)
     except BadInput as error:
         print(f"guard.py: error: {error}", file=sys.stderr, flush=True)

@@ -275,9 +275,10 @@ def test_of_two_that_start_in_one_folder_one_goes_on(tmp_path):
 
 def test_a_run_that_is_alive_is_not_resumed(copy, tmp_path):
     before = files_of(copy)
-    with open(copy / "metrics.jsonl", "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert_refused(f"--resume {copy} --epochs 9", tmp_path / "output", "another process")
+    held = os.open(copy, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    assert_refused(f"--resume {copy} --epochs 9", tmp_path / "output", "another process")
+    os.close(held)
     assert files_of(copy) == before
 
 

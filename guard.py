@@ -304,6 +304,7 @@ def mean(x):
 def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
     """Log-density of a step under N(mu, s²), a mean over D and not a sum: Eq. 6.
 
+    So it is the usual log-density divided by D, and so are log-ratios and the clip ranges that fit them.
     x_next, mu: (B, ...) -> (B,), in their dtype. Training does not call it: see `log_ratio`.
     """
     return mean(-((x_next - mu) ** 2) / (2 * s**2) - math.log(s) - 0.5 * math.log(2 * math.pi))
@@ -343,9 +344,11 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
 
 def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
-    """delta, the weight of a step's objective.
+    """delta, the weight of a step's objective: 1/dt for `flow`, (1 + eta²/2) / |b| for `dance` and `cps`.
 
-    1. The gradient of Eq. 8 with respect to v_new is b eps / D: a step counts in proportion to |b|.
+    It makes the gradient of every step equally large:
+
+    1. The gradient of Eq. 8 with respect to v_new is b eps / D, so a step counts in proportion to |b|.
     2. For `flow` |b| = (1 + eta²/2) dt at every step but the first, where sigma = 1 and |b| = dt.
     3. For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
        scale that of `flow`. Departure: TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt for DanceGRPO.

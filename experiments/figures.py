@@ -146,11 +146,11 @@ def draw_study(path):
     plt.close(figure)
 
 
-def long_runs(setting):
-    """run -> its rows of third/evals.csv, of the long runs of a setting, seed by seed."""
+def third_runs(setting):
+    """run -> its rows of third/evals.csv, of all seeds of a setting."""
     runs = {}
     for row in read("third/evals"):
-        if row["run"].startswith(f"long-{setting}-s"):
+        if row["run"].startswith(f"{setting}-s"):
             runs.setdefault(row["run"], []).append(row)
     return runs
 
@@ -171,7 +171,7 @@ def draw_long(path):
     for setting, (name, colour, line) in LONG.items():
         runs = [
             np.array([[float(row[x]) for x in ("update", "reward", "gold")] for row in rows])
-            for rows in long_runs(setting).values()
+            for rows in third_runs(f"long-{setting}").values()
         ]
         if not runs:
             continue
@@ -197,36 +197,48 @@ def draw_long(path):
     plt.close(figure)
 
 
-def default_table():
-    """The default runs: mean over seeds ± standard deviation, before and after, and the parts of gold."""
-    columns = ["task", "model", "seeds", "reward before", "after", "gain", "gold before", "after"]
+def before_and_after(runs, column):
+    """Two cells, the means over runs before and after, and one, the mean change ± its standard deviation."""
+    before, after = (np.array([float(rows[i][column]) for rows in runs.values()]) for i in (0, -1))
+    change = after - before
+    spread = change.std(ddof=1) if len(change) > 1 else float("nan")
+    return [f"{before.mean():.3f}", f"{after.mean():.3f}", f"{change.mean():+.3f} ± {spread:.3f}"]
+
+
+def third_table(settings):
+    """A row for each (name, setting, column of third/evals.csv) and what became of gold. Markdown."""
+    columns = ["run", "seeds", "before", "after", "gain", "gold before", "after", "change"]
     lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
-    evaluations = [row for row in read("third/evals") if "tiny/" in row["model"]]
-    for task in ("ocr", "geneval", "pickscore"):
-        for model in ("sd3", "flux"):
-            runs = {}
-            for row in evaluations:
-                if row["run"].startswith(f"{task}-{model}-s"):
-                    runs.setdefault(row["run"], []).append(row)
-            columns = ["reward", "gold"] if task != "geneval" else ["reward", "geneval_strict", "gold"]
-            for column in columns[:-1]:
-                before, after = ([float(rows[i][column]) for rows in runs.values()] for i in (0, -1))
-                gold = [[float(rows[i]["gold"]) for rows in runs.values()] for i in (0, -1)]
-                gain = np.subtract(after, before)
-                name = {"reward": task, "geneval_strict": "geneval, strict"}[column]
-                cells = [name, f"tiny/{model}", f"{len(runs)}"]
-                cells += [f"{np.mean(before):.3f}", f"{np.mean(after):.3f}"]
-                cells.append(f"{np.mean(gain):+.3f} ± {np.std(gain, ddof=1):.3f}")
-                cells += [f"{np.mean(gold[0]):.3f}", f"{np.mean(gold[1]):.3f}"]
-                lines.append("| " + " | ".join(cells) + " |")
+    for name, setting, column in settings:
+        runs = third_runs(setting)
+        cells = [name, str(len(runs)), *before_and_after(runs, column), *before_and_after(runs, "gold")]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+DEFAULT = [
+    (f"{name}, `tiny/{model}`", f"{task}-{model}", column)
+    for name, task, column in (
+        ("OCR", "ocr", "reward"),
+        ("GenEval, partial", "geneval", "reward"),
+        ("GenEval, strict", "geneval", "geneval_strict"),
+        ("PickScore", "pickscore", "reward"),
+    )
+    for model in ("sd3", "flux")
+]
+DANCE = [
+    (f"{name}, {words} noise", f"dance-{method}-{noise}", "reward")
+    for name, method in (("Guard", "guard"), ("Flow-GRPO's weights", "flow-grpo"))
+    for words, noise in (("shared", "shared"), ("own", "own"))
+]
+
+
 def main(folder=HERE / "figures"):
-    draw_long(folder / "long.png")
+    if third_runs("long-guard-6.7e-4"):
+        draw_long(folder / "long.png")
     draw_ratio(folder / "ratio.png")
     draw_study(folder / "study.png")
-    print(main_table(), variants_table(), default_table(), sep="\n\n")
+    print(third_table(DEFAULT), third_table(DANCE), main_table(), variants_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def rng(*key):
     return np.random.default_rng(key)
 
 
-# The second number of a key: the epoch in training, else one of these.
+# The second number of a key says what it is for: the epoch in training, else one of these.
 EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2
 
 
@@ -597,7 +597,7 @@ def noisy_steps(args, epoch):
 def sample(backbone, schedule, embeddings, keys, same_noise=False):
     """Integrate a slice from noise to an image.
 
-    embeddings: of B prompts. keys: B tuples (seed, epoch, group, member), which give with the step a sample's
+    embeddings: of B prompts. keys: B tuples (seed, phase, group, member), which give with the step a sample's
     noise. same_noise: the members of a group share the noise they start from. Returns the latents,
     (B, C, H, W), and a list of T tensors (3, B, C, H, W): x, v and eps of every trained step.
     """
@@ -607,7 +607,7 @@ def sample(backbone, schedule, embeddings, keys, same_noise=False):
         return torch.from_numpy(np.stack(values)).to(DEVICE)  # (B, C, H, W)
 
     # The last number of a key is 0 for the noise at sigma = 1, and i + 1 for step i.
-    x = draw([(seed, epoch, group, 0 if same_noise else member, 0) for seed, epoch, group, member in keys])
+    x = draw([(seed, phase, group, 0 if same_noise else member, 0) for seed, phase, group, member in keys])
     kept = []
     for i, step in enumerate(schedule):
         v = backbone.velocity(x, step.sigma, embeddings)
@@ -623,10 +623,11 @@ def sample(backbone, schedule, embeddings, keys, same_noise=False):
     return x, kept
 
 
-def rollout(backbone, args, schedule, prompts, group_size, epoch, scorer, count):
+def rollout(backbone, args, schedule, prompts, group_size, phase, scorer, count):
     """Sample `group_size` images of each prompt. Each slice is scored while the next one is being sampled.
 
-    prompts: (prompt, metadata). count: how many of the scorer's rewards. Returns this rank's slices.
+    prompts: (prompt, metadata). phase: the epoch or EVALUATION, for the keys. count: how many of the scorer's
+    rewards. Returns this rank's slices.
     """
     # Slices go round the ranks. The members of a group come one after another.
     numbers_of_slices = torch.arange(len(prompts) * group_size).split(args.micro_batch)[RANK::WORLD]
@@ -635,7 +636,7 @@ def rollout(backbone, args, schedule, prompts, group_size, epoch, scorer, count)
     for numbers in tqdm(numbers_of_slices, desc="sample", leave=False, disable=RANK > 0):
         numbers = numbers.tolist()
         pairs = [prompts[number // group_size] for number in numbers]
-        keys = [(args.seed, epoch, *divmod(number, group_size)) for number in numbers]
+        keys = [(args.seed, phase, *divmod(number, group_size)) for number in numbers]
         of_slice = [embeddings[prompt] for prompt, _ in pairs]
         x, kept = sample(backbone, schedule, of_slice, keys, args.same_noise)
         images = backbone.decode(x)

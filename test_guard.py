@@ -459,33 +459,6 @@ def test_a_run_leaves_what_it_should(a_run):
     assert sorted(p.name for p in a_run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000004"]
 
 
-def test_evaluation_alone_draws_the_test_prompts(tmp_path):
-    """--epochs 0, with prompts that differ between the two splits."""
-    folder = tmp_path / "prompts"
-    folder.mkdir()
-    (folder / "train.txt").write_text('a red card with dots that says "CAT"\n')
-    (folder / "test.txt").write_text('a blue card with dots that says "DOG"\nred, "OWL"\n')
-    run(f"{SMALL} --epochs 0 --prompts {folder} --run_dir {tmp_path / 'run'}")
-    line = lines_of(tmp_path / "run", "eval")
-    assert len(line) == 1 and line[0]["update"] == 0
-    assert not lines_of(tmp_path / "run", "rollout") and not list((tmp_path / "run").glob("checkpoint-*"))
-    args = guard.parse_args([*MODEL.split(), "--prompts", str(folder)])
-    backbone = guard.load_backbone(args)
-    seen = []
-
-    class Scorer:
-        def submit(self, images, pairs, count):
-            seen.extend(pairs)
-
-        def collect(self, slices, total):
-            return torch.zeros(1, total)
-
-    (tmp_path / "samples").mkdir()
-    args.run_dir = str(tmp_path)
-    guard.evaluate(backbone, guard.Policy(backbone, args), args, Scorer(), 0)
-    assert [prompt.split('"')[1] for prompt, _ in seen] == ["DOG", "OWL"]
-
-
 def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(a_run, tmp_path):
     """Same noise, same weights at full strength, though the file says no alpha: the same pixels.
 

@@ -216,6 +216,19 @@ def third_table(settings):
     return "\n".join(lines)
 
 
+def parts_table():
+    """The mean change of each part of gold in the default runs. Markdown."""
+    columns = ["run", *PARTS]
+    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
+    for name, setting, column in DEFAULT:
+        if column == "reward":
+            runs = third_runs(setting)
+            changes = [before_and_after(runs, part)[2].split(" ")[0] for part in PARTS]
+            lines.append("| " + " | ".join([name, *changes]) + " |")
+    return "\n".join(lines)
+
+
+PARTS = ("colour", "frame", "pattern", "content")
 DEFAULT = [
     (f"{name}, `tiny/{model}`", f"{task}-{model}", column)
     for name, task, column in (
@@ -238,7 +251,7 @@ def main(folder=HERE / "figures"):
         draw_long(folder / "long.png")
     draw_ratio(folder / "ratio.png")
     draw_study(folder / "study.png")
-    print(third_table(DEFAULT), third_table(DANCE), main_table(), variants_table(), sep="\n\n")
+    print(third_table(DEFAULT), parts_table(), third_table(DANCE), main_table(), variants_table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def lines_of(name):
 
 
 def collect():
-    """Write the CSVs, of whole runs only."""
+    """Write the CSVs, of whole runs only, and the pages of samples before and after."""
     evaluations, updates = [], []
     for path in sorted(RUNS.glob("*/config.json")):
         name, config = path.parent.name, json.loads(path.read_text())
@@ -95,6 +95,11 @@ def collect():
     RESULTS.mkdir(parents=True, exist_ok=True)
     write(RESULTS / "evals.csv", evaluations)
     write(RESULTS / "updates.csv", updates)
+    for task in ("ocr", "geneval", "pickscore"):
+        pages = sorted((RUNS / f"{task}-sd3-s0" / "samples").glob("*.png"))
+        if pages:
+            ends = [Image.open(page).reduce(2) for page in (pages[0], pages[-1])]
+            make_image_grid(ends, 1, 2).save(HERE / "figures" / f"{task}.png")
     pages = [RUNS / f"long-{run}.png" for run in CARDS]
     if all(page.exists() for page in pages):
         rows = [first_cards(page) for page in pages]

@@ -106,6 +106,28 @@ def test_what_a_run_leaves(whole):
     assert not torch.equal(state["average"], state["params"])
 
 
+def test_evaluation_draws_the_test_prompts_and_can_be_had_alone(tmp_path):
+    (folder := tmp_path / "prompts").mkdir()
+    (folder / "train.txt").write_text('a red card with dots that says "CAT"\n')
+    (folder / "test.txt").write_text('a blue card with dots that says "DOG"\nred, "OWL"\n')
+    arguments = f"{SMALL} --epochs 0 --prompts {folder} --run_dir {tmp_path / 'run'}"
+    assert run(arguments, tmp_path / "output")[0] == 0
+    assert [line["update"] for line in lines_of(tmp_path / "run", "eval", "update", "rollout")] == [0]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    args = guard.parse_args(arguments.split())
+    backbone, seen = guard.load_backbone(args), []
+
+    class Scorer:
+        def submit(self, images, pairs, count):
+            seen.extend(pairs)
+
+        def collect(self, slices, total):
+            return torch.zeros(1, total)
+
+    guard.evaluate(backbone, guard.Policy(backbone, args), args, Scorer(), 0)
+    assert [prompt.split('"')[1] for prompt, _ in seen] == ["DOG", "OWL"]
+
+
 def test_the_saved_lora_is_a_file_like_any_other(whole):
     os.umask(umask := os.umask(0))
     mode = (whole / "checkpoint-000009/pytorch_lora_weights.safetensors").stat().st_mode
@@ -130,6 +152,23 @@ def test_two_and_four_processes_train_what_one_does(tmp_path):
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-6), name
         difference = state_of(folder, 4)["params"] - state_of(tmp_path / "1", 4)["params"]
         assert difference.abs().max() < 0.05 * 2e-3  # of the learning rate, about one update's step
+
+
+@pytest.mark.parametrize("task", ["geneval", "pickscore"])
+def test_the_other_tasks_too_are_the_same_on_two_processes(task, tmp_path):
+    """With the judges and settings of guard.json. test_guard.py has OCR."""
+    small = "--groups 2 --updates_per_epoch 2 --group_size 8 --micro_batch 8 --eval_prompts 8 --epochs 1"
+    for ranks in (1, 2):
+        arguments = f"--model {HERE}/tiny/sd3 --task {task} {small} --run_dir {tmp_path / str(ranks)}"
+        for process in start(arguments, tmp_path / "output", ranks=ranks):
+            process.join(300)
+    one, two = (lines_of(tmp_path / ranks, "update", "rollout", "eval") for ranks in ("1", "2"))
+    assert one[0] == two[0] and len(one[0]["gold"]) >= 5  # the evaluation before training
+    assert [line["reward_mean"] for line in one if line["kind"] == "rollout"] == [
+        line["reward_mean"] for line in two if line["kind"] == "rollout"]
+    for mine, theirs in zip(one, two, strict=True):
+        if mine["kind"] == "update":
+            assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3) and mine["live"] == 8
 
 
 # ------------------------------------------------------------------------------------------------------------

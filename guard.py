@@ -724,8 +724,8 @@ class Policy:
 
     def load_state(self, state, lr):
         """lr: of the command line, which may be another than the state's."""
-        vector_to_parameters(state["params"], self.params)
-        self.average = state["average"]
+        vector_to_parameters(state["params"].to(DEVICE), self.params)
+        self.average = state["average"].to(DEVICE)
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["lr"] = lr
         if state["scaler"]:  # empty if the run was not in float16 before
@@ -899,7 +899,7 @@ def load_checkpoint(policy, args):
     """
     folder, position = newest_checkpoint(args), dict(epochs=0, updates=0, saved=[])
     if folder:
-        state = torch.load(folder / "state.pt", map_location=DEVICE, weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         position = state["position"]
         fits = len(state["params"]) == len(policy.average)
         require(fits, f"--resume {args.run_dir}: its LoRA has another size than --lora_rank or --model say")

@@ -1,15 +1,17 @@
 """A diffusers folder with the true sizes of a full-size model and random weights, to measure guard.py with.
 
     python experiments/random_weights.py sd3.5-medium FOLDER
-    python guard.py --model FOLDER --task ocr --epochs 1
+    python guard.py --model FOLDER --reward experiments.random_weights:load_brightness --epochs 1
 
-Its pictures are noise, but memory and seconds are those of the real model. SD3.5-M takes 16 GB of disk and
+Its pictures are noise, but memory and seconds are those of the real model. The reward is one that noise can
+earn: groups without any difference in reward would not be trained on. SD3.5-M takes 16 GB of disk and
 FLUX.1-dev 34 GB, and about as much memory, of the GPU if there is one. The tokenizers spell letter by letter.
 `--layers N` keeps only N layers of the transformer and of every text encoder.
 """
 
 import argparse
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -51,6 +53,11 @@ T5_XXL = dict(
     feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
 DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256,
                max_image_seq_len=4096)
+
+
+def load_brightness():
+    """The mean brightness of a picture."""
+    return lambda images, prompts, metadata: [np.asarray(image).mean() / 255 for image in images]
 
 
 def clip_tokenizer():

@@ -45,8 +45,8 @@ Symbols, the same in all of the file; mean(...) in an equation is over the D dim
 
 Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA's gradients does), more
 than one reward at a time. Where this code departs from the paper or from the authors' code a comment says
-"Departure"; README.md lists them in one table. Equations are numbered by our notes on version 2 of the paper,
-not checked against the PDF.
+"Departure"; README.md has most of these in one table. Equations are numbered by our notes on version 2 of the
+paper, not checked against the PDF.
 
     torchrun --nproc_per_node=8 guard.py --task ocr                       # SD3.5-M on 8 GPUs
     torchrun --nproc_per_node=8 guard.py --task ocr --model flux.1-dev

@@ -447,7 +447,6 @@ def test_the_first_updates_are_the_committed_ones(a_run, tmp_path):
     done = run(f"{of_preset} --run_dir {tmp_path / 'run'}")
     assert "lr 0.00067, clip 0.000256 at D = 512" in done.stdout
     second = lines_of(tmp_path / "run", "update")[1]
-    assert second["grad_norm"] == pytest.approx(0.0132512, rel=1e-3)
     assert second["rho_std"] == pytest.approx([3.42963e-5, 1.11915e-4, 2.56945e-4], rel=1e-2)
     assert second["blocked"] == [0, 0, 0.25]
 
@@ -456,9 +455,7 @@ def test_a_run_leaves_what_it_should(a_run):
     config = json.loads((a_run / "config.json").read_text())
     assert config["lr"] == 2e-3 and config["model"] == "tiny/sd3" and config["prompts"] == "prompts/cards"
     assert "torch" in lines_of(a_run, "start")[0]["versions"]
-    evaluations, rollouts = lines_of(a_run, "eval"), lines_of(a_run, "rollout")
-    assert [line["update"] for line in evaluations] == [0, 4]
-    assert all(line["seconds"].keys() == {"sample", "reward", "train"} for line in rollouts)
+    assert [line["update"] for line in lines_of(a_run, "eval")] == [0, 4]
     assert sorted(p.name for p in (a_run / "samples").iterdir()) == ["000000.png", "000004.png"]
     assert sorted(p.name for p in a_run.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000004"]
 

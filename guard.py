@@ -317,8 +317,8 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
        Written out it is mean(d eps) / s - mean(d²) / (2 s²): a noise term and a shift.
     2. Let KL = sum(d²) / (2 s²), the step's, summed over D, in nats. The noise term has mean 0 and standard
        deviation sqrt(2 KL) / D. The shift is -KL / D.
-    3. So the ratio's centre lies below 1 by sqrt(KL/2) of its standard deviations, for a sum over D as for a
-       mean. This left shift is small below 1 nat, and large beyond.
+    3. So the shift is sqrt(KL/2) times the standard deviation, for a sum over D as for a mean, and moves the
+       ratio below 1: the left shift. It is small below 1 nat, and large beyond.
     4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. When the standard deviation has
        reached the clip range, the centre lies 3.3 standard deviations below 1. So either nothing is clipped,
        or nearly only the low side.
@@ -344,18 +344,18 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
 
 def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
-    """delta, the weight of a step's objective: 1/dt for `flow`, (1 + eta²/2) / |b| for `dance` and `cps`.
+    """delta, the weight of a step's objective.
 
-    It makes the gradient of every step equally large:
+    The gradient of Eq. 8 with respect to v_new is b eps / D, so without delta a step counts in proportion to
+    |b|. delta divides by |b|, so that all steps count alike:
 
-    1. The gradient of Eq. 8 with respect to v_new is b eps / D, so a step counts in proportion to |b|.
-    2. For `flow` |b| = (1 + eta²/2) dt at every step but the first, where sigma = 1 and |b| = dt.
-    3. For `dance` and `cps` b is not proportional to dt, so |b| itself is divided out; 1 + eta²/2 makes the
-       scale that of `flow`. Departure: TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt for DanceGRPO.
+    - `flow`: 1/dt, since |b| = (1 + eta²/2) dt at every step but the first, where sigma = 1 and |b| = dt.
+    - `dance` and `cps`: (1 + eta²/2) / |b|, since their b is not proportional to dt. The constant makes the
+      scale that of `flow`. Departure: TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt for DanceGRPO.
 
     Why it should help. At a step with little noise the reward says little about that noise: E[A eps] is s
     times the gradient of the expected advantage with respect to x_next (Stein's identity), while eps has size
-    1 at every step. Assume that this gradient is alike at all steps, and let a step enter with the weight w.
+    1 at every step. Assume that this gradient is alike at all steps, and let w be the weight of a step's eps.
     Then the sum's signal-to-noise ratio is sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with
     `flow` it is 0.66 for Flow-GRPO (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant
     but at the first step), and 1.43 at best (w = s).
@@ -684,8 +684,10 @@ class Policy:
         # hold. The scaler multiplies the loss by 2**24, by less once that overflows, and divides gradients.
         # Departure: the authors' frozen weights are fp32, under fp16 autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
+        # A rank that has nothing to learn from has a scale and gradients too.
+        self.scaler.scale(torch.zeros((), device=DEVICE))
         for p in self.params:
-            p.grad = torch.zeros_like(p)  # also on a rank that has nothing to learn from
+            p.grad = torch.zeros_like(p)
 
     def apply_gradients(self):
         """One AdamW step with the sum of all ranks' gradients. Returns their norm before it is clipped to 1.
@@ -762,7 +764,7 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
                     v_base = backbone.velocity(x, step.sigma, piece.embeddings)
                     backbone.transformer.enable_adapters()
                 kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
-                # Outside delta. Since s² = g² dt but for cps, this is the authors' mean(d²) / (2 g²).
+                # Outside delta. Times dt it is the authors' mean(d²) / (2 g²), as s² = g² dt but for cps.
                 loss = loss + args.kl_beta * step.dt * kl
             policy.scaler.scale(loss.sum() / terms).backward()
             values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()

@@ -23,6 +23,7 @@ def test_the_tables_of_the_page_are_those_of_the_csvs():
     page = (HERE / "experiments" / "README.md").read_text()
     assert figures.main_table() in page and figures.variants_table() in page
     assert figures.third_table(figures.DEFAULT) in page and figures.parts_table() in page
+    assert figures.third_table(figures.DANCE) in page
 
 
 def write_run(folder):

@@ -57,7 +57,7 @@ def make(name, flags):
     print(name, "done" if done.returncode == 0 else f"failed, see {log.name}", flush=True)
 
 
-def is_done(name, flags):
+def is_done(name):
     lines = lines_of(name)
     rollouts = [line for line in lines if line["kind"] == "rollout"]
     if not rollouts:
@@ -73,11 +73,11 @@ def lines_of(name):
 
 
 def collect():
-    """Write the CSVs, of whole runs only, and the pages of samples before and after."""
+    """Add the whole runs that are here to the CSVs, and draw their pages of samples before and after."""
     evaluations, updates = [], []
     for path in sorted(RUNS.glob("*/config.json")):
         name, config = path.parent.name, json.loads(path.read_text())
-        if not is_done(name, None):
+        if not is_done(name):
             continue
         keys = ("task", "model", "method", "sde", "lr", "clip", "seed")
         about = {"run": name} | {key: config[key] for key in keys}
@@ -121,6 +121,12 @@ def first_cards(page, count=8):
 
 
 def write(path, rows):
+    """These rows, and what the file has of runs that are not here any more."""
+    here = {row["run"] for row in rows}
+    if path.exists():
+        with open(path, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["run"] not in here] + rows
+    rows = sorted(rows, key=lambda row: row["run"])
     columns = dict.fromkeys(key for row in rows for key in row)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
@@ -141,7 +147,7 @@ def main():
     runs = {f"{name}-s{seed}": f"{flags} --seed {seed}"
             for seed in map(int, seeds or own_seeds) for name, flags in settings.items()}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda run: make(*run), [run for run in runs.items() if not is_done(*run)]))
+        list(pool.map(lambda run: make(*run), [run for run in runs.items() if not is_done(run[0])]))
     return collect()
 
 

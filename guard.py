@@ -88,7 +88,7 @@ logging.getLogger("transformers.utils.import_utils").setLevel("ERROR")  # it say
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
-METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard")
+METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard", "snr")
 REWARD_DEADLINE = 600  # seconds from a rank's last image to its last reward
 
 # ------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def preset(given):
     """Settings by model, task, method and sampler."""
     own = Path(given.model) / "guard.json"
     own = json.loads(own.read_text()) if own.exists() else {}
-    family = "guard" if given.method in ("rationorm", "guard") else "baseline"
+    family = "guard" if given.method in ("rationorm", "guard", "snr") else "baseline"
     settings = dict(prompts=f"prompts/{given.task}", reward=given.task)
     for table in (PRESETS[read_index(given.model)["_class_name"]], own):
         for row in ("all", given.task, family, given.sde):
@@ -336,7 +336,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
-    if method in ("rationorm", "guard"):
+    if method in ("rationorm", "guard", "snr"):
         return mean(d * eps)  # Eq. 8
     if method == "mean-revised":
         return mean(d * eps) / s  # Eq. 7 without the shift
@@ -362,6 +362,8 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
+    if method == "snr":  # this project's, on trial
+        return step.s / abs(step.b)  # w = s
     if method != "guard":
         return 1.0
     if kind == "flow":

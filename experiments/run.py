@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results" / "third"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
+WEIGHTS = "--task ocr --model tiny/sd3 --lr 6.7e-4 --epochs 10 --eval_prompts 128"
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
         (0, 1, 2),
@@ -30,6 +31,10 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
         (21, 22, 23),
         {f"dance-{method}-{noise}": f"{DANCE} --method {method} --same_noise {noise == 'shared'}"
          for method in ("guard", "flow-grpo") for noise in ("shared", "own")},
+    ),
+    "weights": (
+        (21, 22, 23, 24, 25),
+        {f"weights-{method}": f"{WEIGHTS} --method {method}" for method in ("snr", "guard")},
     ),
     "long": (
         (21, 22, 23),

@@ -1,0 +1,83 @@
+"""Measure the signal-to-noise ratio of the steps' gradients at the base model, which `reweighting` predicts.
+
+    python experiments/snr.py --groups 64 [flags of guard.py]    # adds to experiments/results/third/snr.csv
+
+It draws one epoch's groups of images. Of each group and trained step it takes the LoRA's gradient with the weight
+w = 1 for the step's eps. The signal is the mean gradient. Its square is estimated from products of different
+groups alone, so that noise does not add to it. The noise is what a group's gradient has beside the signal.
+
+It writes a row for each step, of its own ratio, and for each method, of the weighted sum of the steps: the
+predicted ratio, up to a factor, and the measured one of a group, with its jackknife error over groups.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import guard
+import rewards
+from run import RESULTS, write
+
+
+def gradients(args):
+    """(groups, T, parameters) gradients of mean(A mean(v eps)), and the T trained steps."""
+    backbone = guard.load_backbone(args)
+    params = guard.Policy(backbone, args).params
+    scorer = guard.Scorer([args.reward])
+    schedule = guard.make_schedule(backbone.sigmas(args.steps), args.eta, args.sde)
+    prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[0])
+    chosen = guard.prompts_of_epoch(args, 0, prompts)
+    slices = guard.rollout(backbone, args, schedule, chosen, args.group_size, 0, scorer, 1)
+    A = guard.advantages(scorer.collect(slices, args.groups * args.group_size)[0].view(args.groups, -1))
+    trained = [step for step in schedule if step.s > 0]
+    rows = []
+    for piece, advantage in zip(tqdm(slices, desc="gradients"), A.float(), strict=True):  # a slice is a group
+        for (x, _, eps), step in zip(piece.kept, trained, strict=True):
+            v = backbone.velocity(x, step.sigma, piece.embeddings)
+            found = torch.autograd.grad((advantage * guard.mean(v * eps)).mean(), params)
+            rows.append(torch.cat([gradient.flatten() for gradient in found]))
+    return torch.stack(rows).unflatten(0, (args.groups, len(trained))), trained
+
+
+def signal_to_noise(products, weights):
+    """products (n, n, T, T) of the gradients of two groups and steps; weights (T,) of the steps -> a ratio."""
+    n = len(products)
+    of_groups = np.einsum("ijtu,t,u->ij", products, weights, weights)
+    same = np.trace(of_groups) / n
+    signal = (of_groups.sum() - n * same) / (n * (n - 1))
+    return np.sign(signal) * np.sqrt(abs(signal) / (same - signal))
+
+
+def with_error(statistic, products):
+    """A statistic of the groups and its jackknife standard error."""
+    n = len(products)
+    without = [np.delete(np.delete(products, i, 0), i, 1) for i in range(n)]
+    parts = np.array([statistic(part) for part in without])
+    return statistic(products), np.sqrt((n - 1) * parts.var())
+
+
+def main():
+    args = guard.parse_args([*sys.argv[1:], "--updates_per_epoch", "1", "--micro_batch", "16"])
+    found, trained = gradients(args)
+    products = torch.einsum("itp,jup->ijtu", found, found).double().numpy()
+    T = len(trained)
+    s, b = (np.array([getattr(step, name) for step in trained]) for name in "sb")
+    delta = [guard.reweighting(step, args.eta, args.sde, "guard") for step in trained]
+    weights = {str(t): np.eye(T)[t] for t in range(T)}
+    weights |= {"flow-grpo": abs(b) / s, "rationorm": abs(b), "guard": abs(b) * delta, "snr": s}
+    rows = []
+    for name, w in weights.items():
+        measured, error = with_error(lambda part, w=w: signal_to_noise(part, w), products)
+        predicted = (w * s).sum() / np.sqrt((w**2).sum())
+        run = f"{args.sde} on {args.model}, seed {args.seed}"
+        values = dict(predicted=float(predicted), measured=float(measured), error=float(error))
+        rows.append(dict(run=run, groups=args.groups, weights=name) | values)
+    write(RESULTS / "snr.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

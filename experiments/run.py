@@ -21,6 +21,7 @@ RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results" / "third"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
 WEIGHTS = "--task ocr --model tiny/sd3 --lr 6.7e-4 --epochs 10 --eval_prompts 128"
+CLIP = "--task ocr --model tiny/sd3 --lr 6.7e-4 --epochs 20 --eval_prompts 128"
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
         (0, 1, 2),
@@ -36,6 +37,7 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
         (21, 22, 23, 24, 25),
         {f"weights-{method}": f"{WEIGHTS} --method {method}" for method in ("snr", "guard")},
     ),
+    "clip": ((21,), {f"clip-{clip}": f"{CLIP} --clip {clip}" for clip in ("7e-5", "2.56e-5")}),
     "long": (
         (21, 22, 23),
         {

@@ -2,9 +2,9 @@
 
     python experiments/snr.py --groups 64 [flags of guard.py]    # adds to experiments/results/third/snr.csv
 
-It draws one epoch's groups of images. Of each group and trained step it takes the LoRA's gradient with the weight
-w = 1 for the step's eps. The signal is the mean gradient. Its square is estimated from products of different
-groups alone, so that noise does not add to it. The noise is what a group's gradient has beside the signal.
+It draws one epoch's groups of images. Of each group and trained step it takes the LoRA's gradient with the
+weight w = 1 for the step's eps. The signal is the mean gradient. Its square is estimated from products of
+different groups alone, so that noise does not add to it. The noise is what a group's gradient has beside it.
 
 It writes a row for each step, of its own ratio, and for each method, of the weighted sum of the steps: the
 predicted ratio, up to a factor, and the measured one of a group, with its jackknife error over groups.
@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from run import RESULTS, write
+
 import guard
 import rewards
-from run import RESULTS, write
 
 
 def gradients(args):
@@ -44,7 +45,7 @@ def gradients(args):
 
 
 def signal_to_noise(products, weights):
-    """products (n, n, T, T) of the gradients of two groups and steps; weights (T,) of the steps -> a ratio."""
+    """products (n, n, T, T) of two groups' and steps' gradients, weights (T,) of the steps -> a ratio."""
     n = len(products)
     of_groups = np.einsum("ijtu,t,u->ij", products, weights, weights)
     same = np.trace(of_groups) / n

@@ -62,19 +62,20 @@ def main():
     guard.log_ratio, guard.update = log_ratio, update
     guard.train(args)
     D = np.prod(guard.latent_shape(args))
+    run = f"{args.method}, lr {args.lr:g}, {args.updates_per_epoch} updates an epoch, seed {args.seed}"
     rows = []
     for (place, step), pieces in sorted(found.items()):
         A, rho, noise, kl, _ = np.concatenate(pieces, 1)
         # The log-ratio of Eq. 7 is the noise term less KL / D. In the first update both are 0.
         shift = (noise - kl / D).mean() / noise.std() if place else 0.0
         for name, chosen in (("good", A > 0), ("bad", A < 0)):
-            about = dict(run=f"{args.method}, seed {args.seed}", place=place, step=step, samples=name)
+            about = dict(run=run, place=place, step=step, samples=name)
             q10, median, q90 = np.quantile(rho[chosen] / args.clip, (0.1, 0.5, 0.9))
             values = dict(q10=q10, median=median, q90=q90, kl=kl.mean(), shift=shift)
             rows.append(about | dict(count=int(chosen.sum())) | {k: float(x) for k, x in values.items()})
     write(RESULTS / "ratio.csv", rows)
     second = np.concatenate([x for (place, _), pieces in found.items() if place == 1 for x in pieces], 1)
-    write(RESULTS / "push.csv", [dict(run=about["run"]) | push(second, clip) for clip in CLIPS])
+    write(RESULTS / "push.csv", [dict(run=run) | push(second, clip) for clip in CLIPS])
 
 
 def push(samples, clip):

@@ -1,8 +1,8 @@
-"""The figures and the tables of runs of experiments/README.md, from the CSVs in experiments/results alone.
+"""The figures and the tables of experiments/README.md, from the files in experiments/results alone.
 
-    python experiments/figures.py    # writes figures/*.png but before.png and after.png, prints the tables
+    python experiments/figures.py    # writes figures/{long,ratio,places,snr}.png, prints the tables
 
-results/third is of the third edition of the small models, made by run.py; the rest is of November 2026.
+The CSVs are written by run.py, snr.py and ratio.py. An error is a standard error over seeds unless said.
 """
 
 import csv
@@ -14,220 +14,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import ttest_rel
 
 HERE = Path(__file__).resolve().parent
-MAIN = {  # label in runs.csv -> name in the tables and figures; the first four are drawn
-    "main-guard": "Guard, lr 6.7e-4",
-    "main-flow-grpo": "Flow-GRPO, lr 6.7e-4",
-    "main-guard-3lr": "Guard, lr 2e-3",
-    "main-flow-grpo-3lr": "Flow-GRPO, lr 2e-3",
-    "best-guard": "Guard, lr 2.2e-4, clip 7e-5",
-    "best-flow-grpo": "Flow-GRPO, lr 6.7e-4, clip 2.2e-4",
-}
-VARIANTS = {
-    "temp-reweight": "`temp-reweight`",
-    "mean-revised": "`mean-revised`",
-    "rationorm": "`rationorm`",
-    "noclip-guard": "Guard, no clip",
-    "noclip-flow-grpo": "Flow-GRPO, no clip",
-    "cps-guard": "Guard, CPS",
-    "cps-flow-grpo": "Flow-GRPO, CPS",
-    "dance-guard": "Guard, DanceGRPO",
-    "dance-flow-grpo": "Flow-GRPO, DanceGRPO",
-}
-
-
-def read(name):
-    with open(HERE / "results" / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def runs_of(label):
-    return [row["run"] for row in read("runs") if row["label"] == label]
-
-
-def curve(run):
-    """(updates, gain in reward, change in gold) at each evaluation of a run: three arrays."""
-    rows = [row for row in read("evals") if row["run"] == run]
-    update, reward, gold = (np.array([float(row[x]) for row in rows]) for x in ("update", "reward", "gold"))
-    return update, reward - reward[0], gold - gold[0]
-
-
-def at(level, x, y):
-    """y where x first reaches a level, by a straight line between two evaluations; None if it never does."""
-    reached = np.flatnonzero(x >= level)
-    if not len(reached):
-        return None
-    i = reached[0]
-    return y[i - 1] + (level - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1])
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def mean_and_error(values):
-    """Mean ± standard error (number); the value itself if there is one; nothing if there is none."""
-    if len(values) < 2:
-        return "".join(f"{value:.4f}" for value in values)
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{statistics.mean(values):.4f} ± {error:.4f} ({len(values)})"
-
-
-def table(labels, levels):
-    """A row a label, means over its seeds, and the gold lost at these gains in reward. Markdown."""
-    lost = [f"gold lost at +{level:g}" for level in levels]
-    columns = ["run", "seeds", "updates", "blocked", "gain", "gold", *lost]
-    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
-    for label, name in labels.items():
-        runs = runs_of(label)
-        curves = [curve(run) for run in runs]
-        blocked = [float(row["blocked"]) for row in read("updates") if row["run"] in runs]
-        cells = [name, str(len(runs)), f"{curves[0][0][-1]:.0f}", f"{statistics.mean(blocked):.0%}"]
-        cells.append(f"{statistics.mean(gain[-1] for _, gain, _ in curves):+.3f}")
-        cells.append(f"{statistics.mean(gold[-1] for _, _, gold in curves):+.4f}")
-        for level in levels:
-            lost = [at(level, gain, -gold) for _, gain, gold in curves]
-            cells.append(mean_and_error([value for value in lost if value is not None]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main_table():
-    return table(MAIN, (0.125, 0.225))
-
-
-def variants_table():
-    return table(VARIANTS, (0.1, 0.15))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def draw_ratio(path):
-    """rho = ratio - 1 of single samples by denoising step, in clip ranges: median and 10 to 90 % band."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), sharey=True, layout="constrained")
-    methods = (("flow-grpo", "Flow-GRPO", "tab:red"), ("guard", "GRPO-Guard", "tab:blue"))
-    for axis, (method, name, colour) in zip(axes, methods, strict=True):
-        rows = [row for row in read("ratio") if row["method"] == method]
-        step = [int(row["step"]) for row in rows]
-        low, median, high = ([float(row[x]) for row in rows] for x in ("q10", "median", "q90"))
-        axis.axhspan(-1, 1, color="gray", alpha=0.2, lw=0, label="inside the clip range")
-        axis.axhline(0, color="black", lw=0.6)
-        axis.fill_between(step, low, high, color=colour, alpha=0.3, lw=0, label="10 to 90 % of the samples")
-        axis.plot(step, median, "o-", ms=4, color=colour, label="median")
-        axis.set_yscale("symlog", linthresh=1, linscale=1)
-        axis.set_yticks([-10, -1, 0, 1, 10], ["-10", "-1", "0", "1", "10"])
-        axis.set(title=name, xlabel="denoising step, noisiest first", ylim=(-30, 30), xticks=step)
-    axes[0].set_ylabel("(ratio - 1) / clip")
-    axes[0].legend(loc="upper left", fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def draw_study(path):
-    """Gold against reward of the main runs and of best of n; below, samples.png as it is in git."""
-    figure, (axis, below) = plt.subplots(2, 1, figsize=(9, 6.1), height_ratios=(1.5, 1), layout="tight")
-    for label, colour in zip(MAIN, ("tab:blue", "tab:red", "tab:cyan", "tab:orange"), strict=False):
-        lines = [curve(run)[1:] for run in runs_of(label)]
-        for gain, gold in lines:
-            axis.plot(gain, gold, lw=0.8, alpha=0.4, color=colour)
-        levels = np.linspace(0.02, 0.999, 40) * min(gain.max() for gain, _ in lines)  # where all seeds came
-        means = [np.mean([at(level, gain, gold) for gain, gold in lines]) for level in levels]
-        axis.plot([0, *levels], [0, *means], lw=2.5, color=colour, label=MAIN[label])
-    reward, gold = (np.array([float(row[x]) for row in read("best_of_n")]) for x in ("reward", "gold"))
-    axis.plot(reward - reward[0], gold - gold[0], "k.--", lw=1, label="best of n pictures, no training")
-    axis.set(xlabel="gain in reward", ylabel="change in gold")
-    axis.legend(fontsize=8)
-    below.imshow(plt.imread(HERE / "figures" / "samples.png"))
-    below.axis("off")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-def third_runs(setting):
-    """run -> its rows of third/evals.csv, of all seeds of a setting."""
-    runs = {}
-    for row in read("third/evals"):
-        if row["run"].startswith(f"{setting}-s"):
-            runs.setdefault(row["run"], []).append(row)
-    return runs
-
-
-LONG = {  # setting -> name and line in the figure
+LONG = {  # setting -> name, and line in the figure
     "guard-6.7e-4": ("Guard, lr 6.7e-4", "tab:blue", "-"),
     "flow-grpo-2e-3": ("Flow-GRPO, lr 2e-3", "tab:red", "-"),
-    "guard-2e-3": ("Guard, lr 2e-3", "tab:blue", ":"),
     "flow-grpo-6.7e-4": ("Flow-GRPO, lr 6.7e-4", "tab:red", ":"),
+    "guard-2e-3": ("Guard, lr 2e-3", "tab:blue", ":"),
+    "guard-6.7e-4-noclip": ("Guard, lr 6.7e-4, no clip", None, None),
+    "flow-grpo-2e-3-noclip": ("Flow-GRPO, lr 2e-3, no clip", None, None),
 }
-
-
-def draw_long(path):
-    """100 updates of OCR: reward and gold, thin a seed and thick their mean; below, cards."""
-    figure = plt.figure(figsize=(10, 7.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.05))
-    axes = upper.subplots(1, 3)
-    for setting, (name, colour, line) in LONG.items():
-        runs = [
-            np.array([[float(row[x]) for x in ("update", "reward", "gold")] for row in rows])
-            for rows in third_runs(f"long-{setting}").values()
-        ]
-        if not runs:
-            continue
-        for i, curve_of in enumerate([*runs, np.mean(runs, axis=0)]):
-            update, reward, gold = curve_of.T
-            is_mean = i == len(runs)
-            style = dict(lw=2.2, label=name) if is_mean else dict(lw=0.6, alpha=0.5)
-            pairs = ((update, reward), (update, gold), (reward, gold))
-            for axis, (x, y) in zip(axes, pairs, strict=True):
-                axis.plot(x, y, color=colour, ls=line, **style)
-    labels = (("updates", "OCR reward, trained on"), ("updates", "gold, only watched"), ("reward", "gold"))
-    for axis, (x, y) in zip(axes, labels, strict=True):
-        axis.set(xlabel=x, title=y)
-    axes[1].legend(fontsize=8, loc="lower left")
-    cards = plt.imread(HERE / "results" / "third" / "cards.png")
-    rows = lower.subplots(3, 1)
-    names = ("before training", "Guard, 100 updates", "Flow-GRPO, 100 updates")
-    for axis, name, row in zip(rows, names, np.split(cards, 3), strict=True):
-        axis.imshow(row, interpolation="nearest")
-        axis.set_title(name, fontsize=10, loc="left")
-        axis.axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def before_and_after(runs, column):
-    """Two cells, the means over runs before and after, and one, the mean change ± its standard deviation."""
-    before, after = (np.array([float(rows[i][column]) for rows in runs.values()]) for i in (0, -1))
-    change = after - before
-    spread = change.std(ddof=1) if len(change) > 1 else float("nan")
-    return [f"{before.mean():.3f}", f"{after.mean():.3f}", f"{change.mean():+.3f} ± {spread:.3f}"]
-
-
-def third_table(settings):
-    """A row for each (name, setting, column of third/evals.csv) and what became of gold. Markdown."""
-    columns = ["run", "seeds", "before", "after", "gain", "gold before", "after", "change"]
-    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
-    for name, setting, column in settings:
-        runs = third_runs(setting)
-        cells = [name, str(len(runs)), *before_and_after(runs, column), *before_and_after(runs, "gold")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def parts_table():
-    """The mean change of each part of gold in the default runs. Markdown."""
-    columns = ["run", *PARTS]
-    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
-    for name, setting, column in DEFAULT:
-        if column == "reward":
-            runs = third_runs(setting)
-            changes = [before_and_after(runs, part)[2].split(" ")[0] for part in PARTS]
-            lines.append("| " + " | ".join([name, *changes]) + " |")
-    return "\n".join(lines)
-
-
+SAMPLERS = ("flow on tiny/sd3", "cps on tiny/sd3", "flow on tiny/flux", "dance on tiny/flux")
+PLACES = "lr 0.002, 8 updates an epoch, seed 21"
+PUSH = "guard, lr 0.00067, 2 updates an epoch, seed 21"
 PARTS = ("colour", "frame", "pattern", "content")
 DEFAULT = [
     (f"{name}, `tiny/{model}`", f"{task}-{model}", column)
@@ -246,12 +46,279 @@ DANCE = [
 ]
 
 
+def read(name):
+    with open(HERE / "results" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def runs_of(setting):
+    """seed -> the evaluations of that run: update -> row of evals.csv."""
+    runs = {}
+    for row in read("evals"):
+        if row["run"] == f"{setting}-s{row['seed']}":
+            runs.setdefault(int(row["seed"]), {})[int(row["update"])] = row
+    return runs
+
+
+def column_of(run, column):
+    return np.array([float(row[column]) for row in run.values()])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables, in Markdown
+
+
+def table(columns, rows):
+    lines = ["| " + " | ".join(columns) + " |", "|-" * len(columns) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def mean_and_error(values, digits=3, sign=""):
+    """Mean ± standard error; the value itself if there is one."""
+    text = f"{statistics.mean(values):{sign}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    return text
+
+
+def long_table():
+    """Reward and gold on the way, and the share of dead groups in the last ten updates."""
+    rows, updates = [], (20, 40, 100)
+    for setting, (name, _, _) in LONG.items():
+        runs = runs_of(f"long-{setting}").values()
+        cells = [name, str(len(runs))]
+        for column in ("reward", "gold"):
+            cells += [mean_and_error([float(run[k][column]) for run in runs]) for k in updates]
+        rows.append([*cells, f"{statistics.mean(float(run[100]['dead']) for run in runs):.0%}"])
+    rewards, golds = ([f"{name} {k}" for k in updates] for name in ("reward", "gold"))
+    return table(["run", "seeds", *rewards, *golds, "dead at 100"], rows)
+
+
+def weights_runs():
+    """method -> seed -> run. Guard's seeds that the long runs have are their first 20 updates."""
+    long = runs_of("long-guard-6.7e-4")
+    guard = runs_of("weights-guard") | {seed: long[seed] for seed in (21, 22) if seed in long}
+    return {"Guard": guard, "`snr`, w = s": runs_of("weights-snr")}
+
+
+def weights_table():
+    rows = []
+    for name, runs in weights_runs().items():
+        cells = [name, str(len(runs))]
+        for column in ("reward", "gold"):
+            cells += [mean_and_error([float(run[k][column]) for run in runs.values()], 4) for k in (10, 20)]
+        rows.append(cells)
+    return table(["method", "seeds", "reward 10", "reward 20", "gold 10", "gold 20"], rows)
+
+
+def tests_table():
+    """The planned comparisons: difference paired by seed, p of a t-test, and p by Holm's method."""
+    long = {setting: runs_of(f"long-{setting}") for setting in LONG}
+    guard, snr = weights_runs().values()
+    pairs = [
+        ("gold 100, Guard - Flow-GRPO, both 6.7e-4", long["guard-6.7e-4"], long["flow-grpo-6.7e-4"], "gold", 100),
+        ("gold 100, Guard - Flow-GRPO, both 2e-3", long["guard-2e-3"], long["flow-grpo-2e-3"], "gold", 100),
+        ("gold 100, Guard 6.7e-4 - Flow-GRPO 2e-3", long["guard-6.7e-4"], long["flow-grpo-2e-3"], "gold", 100),
+        ("reward 20, `snr` - Guard, both 6.7e-4", snr, guard, "reward", 20),
+    ]
+    rows, p_values = [], []
+    for name, first, second, column, k in pairs:
+        seeds = sorted(first.keys() & second.keys())
+        a, b = ([float(runs[seed][k][column]) for seed in seeds] for runs in (first, second))
+        p_values.append(float(ttest_rel(a, b).pvalue) if len(seeds) > 1 else 1.0)
+        rows.append([name, str(len(seeds)), mean_and_error([x - y for x, y in zip(a, b, strict=True)], 4, "+")])
+    order, largest = np.argsort(p_values), 0.0
+    corrected = {}
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(pairs) - rank) * p_values[i]))
+        corrected[i] = largest
+    for i, row in enumerate(rows):
+        row += [f"{p_values[i]:.3f}", f"{corrected[i]:.3f}"]
+    return table(["planned comparison", "seeds", "difference", "p", "p, Holm"], rows)
+
+
+def snr_table():
+    """Signal-to-noise ratios as shares of that of w = s: predicted, and measured ± jackknife error."""
+    rows = []
+    for sampler in SAMPLERS:
+        found = {row["weights"]: row for row in read("snr") if row["run"] == f"{sampler}, seed 21"}
+        cells = []
+        for name in ("flow-grpo", "rationorm", "guard"):
+            predicted = float(found[name]["predicted"]) / float(found["snr"]["predicted"])
+            share, error = (float(found[name][key]) for key in ("share", "share_error"))
+            cells += [f"{predicted:.2f}", f"{share:.2f} ± {error:.2f}"]
+        kind, model = sampler.split(" on ")
+        rows.append([f"`{kind}` on `{model}`", *cells])
+    return table(["sampler", "Flow-GRPO", "measured", "RatioNorm", "measured", "Guard", "measured"], rows)
+
+
+def clip_table():
+    """What a clip range does: second updates of one run, and how far runs with that range came."""
+    runs = {2.56e-5: "clip-2.56e-5", 7e-5: "clip-7e-5", 2.56e-4: "long-guard-6.7e-4", 1e9: "long-guard-6.7e-4-noclip"}
+    rows = []
+    for row in read("push"):
+        clip = float(row["clip"])
+        if row["run"] != PUSH or clip not in runs:
+            continue
+        run = runs_of(runs[clip])[21]
+        update, reward, gold = (column_of(run, column) for column in ("update", "reward", "gold"))
+        gain, lost = reward - reward[0], gold[0] - gold
+        cells = ["none" if clip > 1 else f"{clip:g}", f"{float(row['outside']):.0%}", f"{float(row['along']):+.2f}"]
+        cells += [f"{at(0.2, gain, update):.1f}", f"{at(0.2, gain, lost):.4f}"]
+        rows.append([*cells, f"{at(40, update, gain):+.3f}", f"{at(40, update, -lost):+.3f}"])
+    columns = ["clip", "outside", "along the first", "updates to +0.2", "gold lost there", "gain at 40", "gold at 40"]
+    return table(columns, rows)
+
+
+def at(level, x, y):
+    """y where x first reaches a level, by a straight line between two evaluations; nan if it never does."""
+    reached = np.flatnonzero(x >= level)
+    if not len(reached):
+        return np.nan
+    i = reached[0]
+    return y[i] if x[i] == level else y[i - 1] + (level - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1])
+
+
+def before_and_after(runs, column):
+    """Two cells, the means over runs before and after, and one, the mean change ± its standard error."""
+    before, after = (np.array([column_of(run, column)[i] for run in runs.values()]) for i in (0, -1))
+    return [f"{before.mean():.3f}", f"{after.mean():.3f}", mean_and_error(list(after - before), sign="+")]
+
+
+def before_and_after_table(settings):
+    """A row for each (name, setting, column of evals.csv) and what became of gold."""
+    columns = ["run", "seeds", "before", "after", "gain", "gold before", "after", "change"]
+    rows = []
+    for name, setting, column in settings:
+        runs = runs_of(setting)
+        rows.append([name, str(len(runs)), *before_and_after(runs, column), *before_and_after(runs, "gold")])
+    return table(columns, rows)
+
+
+def parts_table():
+    """The mean change of each part of gold in the default runs."""
+    rows = []
+    for name, setting, column in DEFAULT:
+        if column == "reward":
+            changes = [before_and_after(runs_of(setting), part)[2].split(" ")[0] for part in PARTS]
+            rows.append([name, *changes])
+    return table(["run", *PARTS], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def draw_long(path):
+    """Cards after 100 updates; below, reward and gold, a thin line a seed and a thick one their mean."""
+    figure = plt.figure(figsize=(10, 7.2), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    cards = np.split(plt.imread(HERE / "results" / "cards.png"), 3)
+    names = ("Before training", "GRPO-Guard, 100 updates", "Flow-GRPO, 100 updates")
+    for axis, name, row in zip(upper.subplots(3, 1), names, cards, strict=True):
+        axis.imshow(row, interpolation="nearest")
+        axis.set_title(name, fontsize=11, loc="left", pad=3)
+        axis.axis("off")
+    axes = lower.subplots(1, 3)
+    for setting, (name, colour, line) in LONG.items():
+        runs = list(runs_of(f"long-{setting}").values())
+        if not colour or not runs:
+            continue
+        curves = [[column_of(run, column) for column in ("update", "reward", "gold")] for run in runs]
+        for i, (update, reward, gold) in enumerate([*curves, np.mean(curves, axis=0)]):
+            style = dict(lw=2.2, label=name) if i == len(curves) else dict(lw=0.6, alpha=0.5)
+            for axis, (x, y) in zip(axes, ((update, reward), (update, gold), (reward, gold)), strict=True):
+                axis.plot(x, y, color=colour, ls=line, **style)
+    axes[0].set(xlabel="updates", title="OCR reward, which is trained on")
+    axes[1].set(xlabel="updates", title="gold, which is only watched")
+    axes[2].set(xlabel="reward", title="gold against reward")
+    axes[1].legend(fontsize=8, loc="lower left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def rows_of_ratio(method):
+    return [row for row in read("ratio") if row["run"] == f"{method}, {PLACES}"]
+
+
+def draw_band(axis, x, rows, colour, label):
+    low, median, high = ([float(row[key]) for row in rows] for key in ("q10", "median", "q90"))
+    axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
+    axis.plot(x, median, "o-", ms=4, color=colour, label=label)
+
+
+def show_range(axis, limit):
+    axis.axhspan(-1, 1, color="gray", alpha=0.2, lw=0)
+    axis.axhline(0, color="black", lw=0.6)
+    axis.set_yscale("symlog", linthresh=1, linscale=1)
+    axis.set_yticks([-10, -1, 0, 1, 10], ["-10", "-1", "0", "1", "10"])
+    axis.set_ylim(-limit, limit)
+
+
+def draw_ratio(path):
+    """rho = ratio - 1 by denoising step, in clip ranges: median and 10 to 90 % band."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.6), sharey=True, layout="constrained")
+    for axis, (method, name) in zip(axes, (("flow-grpo", "Flow-GRPO"), ("guard", "GRPO-Guard")), strict=True):
+        for samples, colour in (("good", "tab:green"), ("bad", "tab:purple")):
+            rows = [row for row in rows_of_ratio(method) if row["samples"] == samples and row["place"] == "7"]
+            draw_band(axis, [int(row["step"]) for row in rows], rows, colour, f"{samples} images")
+        show_range(axis, 30)
+        axis.set(title=name, xlabel="denoising step, noisiest first")
+    axes[0].set_ylabel("(ratio - 1) / clip")
+    axes[0].legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_places(path):
+    """The last step by an update's place in its epoch; and the shift beside sqrt(KL/2)."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    for axis, (method, name) in zip(axes, (("flow-grpo", "Flow-GRPO"), ("mean-revised", "mean-revised")), strict=False):
+        last = max(int(row["step"]) for row in rows_of_ratio(method))
+        for samples, colour in (("good", "tab:green"), ("bad", "tab:purple")):
+            rows = [r for r in rows_of_ratio(method) if r["samples"] == samples and int(r["step"]) == last]
+            draw_band(axis, [int(row["place"]) + 1 for row in rows], rows, colour, f"{samples} images")
+        show_range(axis, 10)
+        axis.set(title=f"{name}, last trained step", xlabel="update of the epoch")
+    axes[0].set_ylabel("(ratio - 1) / clip")
+    axes[0].legend(loc="lower left", fontsize=8)
+    rows = [row for row in rows_of_ratio("flow-grpo") if row["samples"] == "good" and row["place"] != "0"]
+    foretold = np.sqrt([float(row["kl"]) / 2 for row in rows])
+    axes[2].plot(foretold, [-float(row["shift"]) for row in rows], ".", color="tab:red")
+    axes[2].plot([0, foretold.max()], [0, foretold.max()], "k-", lw=0.8)
+    axes[2].set(xlabel="sqrt(KL/2)", title="left shift, in standard deviations")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_snr(path):
+    """Each step's signal-to-noise ratio, measured, and a line proportional to s."""
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
+    for axis, sampler in zip(axes, SAMPLERS, strict=True):
+        rows = [row for row in read("snr") if row["run"] == f"{sampler}, seed 21" and row["weights"].isdigit()]
+        s, measured, error = (np.array([float(r[key]) for r in rows]) for key in ("predicted", "measured", "error"))
+        axis.errorbar(range(len(rows)), measured, error, fmt="o", ms=4, color="tab:blue", label="measured")
+        scale = (s * measured / error**2).sum() / (s**2 / error**2).sum()
+        axis.plot(scale * s, "k-", lw=1, label="proportional to s")
+        axis.axhline(0, color="gray", lw=0.6)
+        axis.set(title=sampler, xlabel="denoising step")
+    axes[0].set_ylabel("signal-to-noise ratio of a group")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def tables():
+    return [
+        long_table(), tests_table(), snr_table(), weights_table(), clip_table(),
+        before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
+    ]  # fmt: skip
+
+
 def main(folder=HERE / "figures"):
-    if third_runs("long-guard-6.7e-4"):
-        draw_long(folder / "long.png")
-    draw_ratio(folder / "ratio.png")
-    draw_study(folder / "study.png")
-    print(third_table(DEFAULT), parts_table(), third_table(DANCE), main_table(), variants_table(), sep="\n\n")
+    for name, draw in dict(long=draw_long, ratio=draw_ratio, places=draw_places, snr=draw_snr).items():
+        draw(folder / f"{name}.png")
+    print(*tables(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python experiments/ratio.py --method flow-grpo [flags of guard.py]
 
 Trains as guard.py does, and keeps rho of each sample of a live group and each trained step, of epoch 2 and
-later. It adds to two files of results/third:
+later. It adds to two files of results:
 
 - ratio.csv, a row for each place, step and sign of A: the number of samples; 10 %, median and 90 % of
   rho / clip; the mean KL of the step in nats; and the mean log-ratio of Eq. 7 in standard deviations of its

@@ -1,8 +1,8 @@
 """Make the runs of the study that are missing, two at a time: `python experiments/run.py GROUP [SEED ...]`.
 
 A run is in runs/study/NAME. One that was stopped goes on where it was. `python experiments/run.py collect`
-writes experiments/results/third/: evals.csv, a row an evaluation, and updates.csv, a row an update and a
-denoising step. What is planned, and what was added later, is in LOG.md.
+writes experiments/results: evals.csv, a row an evaluation, and updates.csv, a row a denoising step with its
+means over the updates that are not an epoch's first. What is planned, and what was added later, is in LOG.md.
 """
 
 import csv
@@ -17,7 +17,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results" / "third"
+RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
 WEIGHTS = "--task ocr --model tiny/sd3 --lr 6.7e-4 --epochs 10 --eval_prompts 128"
@@ -86,20 +86,28 @@ def collect():
         name, config = path.parent.name, json.loads(path.read_text())
         if not is_done(name):
             continue
-        keys = ("task", "model", "method", "sde", "lr", "clip", "seed")
-        about = {"run": name} | {key: config[key] for key in keys}
+        about = {key: config[key] for key in ("task", "model", "method", "sde", "lr", "clip", "seed")}
         lines = lines_of(name)
-        epoch_seconds = [sum(line["seconds"].values()) for line in lines if line["kind"] == "rollout"]
+        rollouts = [line for line in lines if line["kind"] == "rollout"]
+        seconds = [sum(line["seconds"].values()) for line in rollouts]
+        since = []  # the last evaluation: shares of dead groups
+        later = []  # updates that are not an epoch's first
         for line in lines:
-            if line["kind"] == "eval":
-                row = about | {"update": line["update"], "reward": line["reward"]} | line["gold"]
-                evaluations.append(row | {"epoch_seconds": sum(epoch_seconds) / len(epoch_seconds)})
-            elif line["kind"] == "update" and line["rho_mean"]:
-                for step in range(len(line["rho_mean"])):
-                    row = {"run": name, "update": line["update"], "first": int(line["first"]), "step": step}
-                    keys = ("rho_mean", "rho_std", "clip_high", "clip_low", "blocked")
-                    updates.append(row | {key: f"{line[key][step]:.4g}" for key in keys})
-    RESULTS.mkdir(parents=True, exist_ok=True)
+            if line["kind"] == "rollout":
+                since.append(line["dead_groups"] / config["groups"])
+            elif line["kind"] == "update" and not line["first"] and line["rho_mean"]:
+                later.append(line)
+            elif line["kind"] == "eval":
+                row = {"run": name} | about | {key: line[key] for key in ("update", "reward")} | line["gold"]
+                row["epoch_seconds"] = sum(seconds) / len(seconds)
+                evaluations.append(row | {"dead": sum(since) / len(since) if since else ""})
+                since = []
+        for step in range(len(later[0]["rho_mean"])):
+            row = {"run": name, "step": step, "updates": len(later)}
+            for key in ("rho_mean", "rho_std", "clip_high", "clip_low", "blocked"):
+                row[key] = sum(line[key][step] for line in later) / len(later)
+            updates.append(row)
+    RESULTS.mkdir(exist_ok=True)
     write(RESULTS / "evals.csv", evaluations)
     write(RESULTS / "updates.csv", updates)
     for task in ("ocr", "geneval", "pickscore"):
@@ -139,7 +147,7 @@ def write(path, rows):
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            rounded = {key: f"{x:.6g}" if isinstance(x, float) else x for key, x in row.items()}
+            rounded = {key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()}
             writer.writerow(rounded)
 
 

@@ -1,13 +1,14 @@
 """Measure the signal-to-noise ratio of the steps' gradients at the base model, which `reweighting` predicts.
 
-    python experiments/snr.py --groups 64 [flags of guard.py]    # adds to experiments/results/third/snr.csv
+    python experiments/snr.py --groups 64 [flags of guard.py]    # adds to experiments/results/snr.csv
 
 It draws one epoch's groups of images. Of each group and trained step it takes the LoRA's gradient with the
 weight w = 1 for the step's eps. The signal is the mean gradient. Its square is estimated from products of
 different groups alone, so that noise does not add to it. The noise is what a group's gradient has beside it.
 
 It writes a row for each step, of its own ratio, and for each method, of the weighted sum of the steps: the
-predicted ratio, up to a factor, and the measured one of a group, with its jackknife error over groups.
+predicted ratio, up to a factor; the measured one of a group; the measured one as a share of that of w = s;
+and the jackknife errors over groups of these two.
 """
 
 import sys
@@ -73,9 +74,13 @@ def main():
     rows = []
     for name, w in weights.items():
         measured, error = with_error(lambda part, w=w: signal_to_noise(part, w), products)
+        share, share_error = with_error(
+            lambda part, w=w: signal_to_noise(part, w) / signal_to_noise(part, s), products
+        )
         predicted = (w * s).sum() / np.sqrt((w**2).sum())
         run = f"{args.sde} on {args.model}, seed {args.seed}"
-        values = dict(predicted=float(predicted), measured=float(measured), error=float(error))
+        values = dict(predicted=predicted, measured=measured, error=error, share=share, share_error=share_error)
+        values = {key: float(value) for key, value in values.items()}
         rows.append(dict(run=run, groups=args.groups, weights=name) | values)
     write(RESULTS / "snr.csv", rows)
 

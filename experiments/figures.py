@@ -114,19 +114,22 @@ def weights_table():
 def tests_table():
     """The planned comparisons: difference paired by seed, p of a t-test, and p by Holm's method."""
     long = {setting: runs_of(f"long-{setting}") for setting in LONG}
+    slow, fast, flow_slow, flow_fast = (
+        long[name] for name in ("guard-6.7e-4", "guard-2e-3", "flow-grpo-6.7e-4", "flow-grpo-2e-3")
+    )
     guard, snr = weights_runs().values()
     pairs = [
-        ("gold 100, Guard - Flow-GRPO, both 6.7e-4", long["guard-6.7e-4"], long["flow-grpo-6.7e-4"], "gold", 100),
-        ("gold 100, Guard - Flow-GRPO, both 2e-3", long["guard-2e-3"], long["flow-grpo-2e-3"], "gold", 100),
-        ("gold 100, Guard 6.7e-4 - Flow-GRPO 2e-3", long["guard-6.7e-4"], long["flow-grpo-2e-3"], "gold", 100),
-        ("reward 20, `snr` - Guard, both 6.7e-4", snr, guard, "reward", 20),
+        ("gold 100, Guard less Flow-GRPO, both 6.7e-4", slow, flow_slow, "gold", 100),
+        ("gold 100, Guard less Flow-GRPO, both 2e-3", fast, flow_fast, "gold", 100),
+        ("gold 100, Guard 6.7e-4 less Flow-GRPO 2e-3", slow, flow_fast, "gold", 100),
+        ("reward 20, `snr` less Guard, both 6.7e-4", snr, guard, "reward", 20),
     ]
     rows, p_values = [], []
     for name, first, second, column, k in pairs:
         seeds = sorted(first.keys() & second.keys())
-        a, b = ([float(runs[seed][k][column]) for seed in seeds] for runs in (first, second))
+        a, b = (np.array([float(runs[seed][k][column]) for seed in seeds]) for runs in (first, second))
         p_values.append(float(ttest_rel(a, b).pvalue) if len(seeds) > 1 else 1.0)
-        rows.append([name, str(len(seeds)), mean_and_error([x - y for x, y in zip(a, b, strict=True)], 4, "+")])
+        rows.append([name, str(len(seeds)), mean_and_error(list(a - b), 4, "+")])
     order, largest = np.argsort(p_values), 0.0
     corrected = {}
     for rank, i in enumerate(order):
@@ -154,7 +157,8 @@ def snr_table():
 
 def clip_table():
     """What a clip range does: second updates of one run, and how far runs with that range came."""
-    runs = {2.56e-5: "clip-2.56e-5", 7e-5: "clip-7e-5", 2.56e-4: "long-guard-6.7e-4", 1e9: "long-guard-6.7e-4-noclip"}
+    runs = {2.56e-5: "clip-2.56e-5", 7e-5: "clip-7e-5"}
+    runs |= {2.56e-4: "long-guard-6.7e-4", 1e9: "long-guard-6.7e-4-noclip"}
     rows = []
     for row in read("push"):
         clip = float(row["clip"])
@@ -162,11 +166,12 @@ def clip_table():
             continue
         run = runs_of(runs[clip])[21]
         update, reward, gold = (column_of(run, column) for column in ("update", "reward", "gold"))
-        gain, lost = reward - reward[0], gold[0] - gold
-        cells = ["none" if clip > 1 else f"{clip:g}", f"{float(row['outside']):.0%}", f"{float(row['along']):+.2f}"]
-        cells += [f"{at(0.2, gain, update):.1f}", f"{at(0.2, gain, lost):.4f}"]
-        rows.append([*cells, f"{at(40, update, gain):+.3f}", f"{at(40, update, -lost):+.3f}"])
-    columns = ["clip", "outside", "along the first", "updates to +0.2", "gold lost there", "gain at 40", "gold at 40"]
+        gain, change = reward - reward[0], gold - gold[0]
+        outside, along = float(row["outside"]), float(row["along"])
+        cells = ["none" if clip > 1 else f"{clip:g}", f"{outside:.0%}", f"{along:+.2f}"]
+        cells += [f"{at(0.2, gain, update):.1f}", f"{at(0.2, gain, change):+.4f}"]
+        rows.append([*cells, f"{at(40, update, gain):+.3f}", f"{at(40, update, change):+.4f}"])
+    columns = ["clip", "outside", "push along", "updates to +0.2", "gold there", "gain at 40", "gold at 40"]
     return table(columns, rows)
 
 
@@ -273,7 +278,8 @@ def draw_ratio(path):
 def draw_places(path):
     """The last step by an update's place in its epoch; and the shift beside sqrt(KL/2)."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    for axis, (method, name) in zip(axes, (("flow-grpo", "Flow-GRPO"), ("mean-revised", "mean-revised")), strict=False):
+    methods = (("flow-grpo", "Flow-GRPO"), ("mean-revised", "mean-revised"))
+    for axis, (method, name) in zip(axes, methods, strict=False):
         last = max(int(row["step"]) for row in rows_of_ratio(method))
         for samples, colour in (("good", "tab:green"), ("bad", "tab:purple")):
             rows = [r for r in rows_of_ratio(method) if r["samples"] == samples and int(r["step"]) == last]
@@ -295,8 +301,10 @@ def draw_snr(path):
     """Each step's signal-to-noise ratio, measured, and a line proportional to s."""
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
     for axis, sampler in zip(axes, SAMPLERS, strict=True):
-        rows = [row for row in read("snr") if row["run"] == f"{sampler}, seed 21" and row["weights"].isdigit()]
-        s, measured, error = (np.array([float(r[key]) for r in rows]) for key in ("predicted", "measured", "error"))
+        rows = [row for row in read("snr") if row["run"] == f"{sampler}, seed 21"]
+        rows = [row for row in rows if row["weights"].isdigit()]
+        columns = ("predicted", "measured", "error")
+        s, measured, error = (np.array([float(row[key]) for row in rows]) for key in columns)
         axis.errorbar(range(len(rows)), measured, error, fmt="o", ms=4, color="tab:blue", label="measured")
         scale = (s * measured / error**2).sum() / (s**2 / error**2).sum()
         axis.plot(scale * s, "k-", lw=1, label="proportional to s")

@@ -79,9 +79,10 @@ def main():
         )
         predicted = (w * s).sum() / np.sqrt((w**2).sum())
         run = f"{args.sde} on {args.model}, seed {args.seed}"
-        values = dict(predicted=predicted, measured=measured, error=error, share=share, share_error=share_error)
-        values = {key: float(value) for key, value in values.items()}
-        rows.append(dict(run=run, groups=args.groups, weights=name) | values)
+        values = dict(predicted=predicted, measured=measured, error=error)
+        values |= dict(share=share, share_error=share_error)
+        about = dict(run=run, groups=args.groups, weights=name)
+        rows.append(about | {key: float(value) for key, value in values.items()})
     write(RESULTS / "snr.csv", rows)
 
 

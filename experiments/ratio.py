@@ -20,9 +20,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from run import RESULTS, write
-
 import guard
+from experiments.run import RESULTS, write
 
 EPOCHS_SKIPPED = 2
 CLIPS = (2.56e-5, 7e-5, 2.56e-4, 7e-4, 2.56e-3, 1e9)

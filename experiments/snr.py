@@ -19,10 +19,9 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from run import RESULTS, write
-
 import guard
 import rewards
+from experiments.run import RESULTS, write
 
 
 def gradients(args):

@@ -6,24 +6,35 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
 
-from experiments import figures, plot, random_weights
+from experiments import figures, plot, random_weights, snr
 
 HERE = Path(__file__).resolve().parent.parent
 
 
 def test_figures_are_drawn_from_the_csvs(tmp_path):
-    (tmp_path / "figures").mkdir()
     figures.main(tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"ratio.png", "study.png"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"long.png", "ratio.png", "places.png", "snr.png"}
 
 
 def test_the_tables_of_the_page_are_those_of_the_csvs():
     page = (HERE / "experiments" / "README.md").read_text()
-    assert figures.main_table() in page and figures.variants_table() in page
-    assert figures.third_table(figures.DEFAULT) in page and figures.parts_table() in page
-    assert figures.third_table(figures.DANCE) in page
+    for table in figures.tables():
+        assert table in page
+
+
+def test_signal_to_noise_is_that_of_the_gradients():
+    """Two steps and three parameters, with a known signal and noise of size 1."""
+    signal, weights = np.array([[0.6, 0, 0], [0, 0.3, 0]]), np.array([1.0, 2.0])
+    gradients = signal + np.random.default_rng(0).standard_normal((1000, 2, 3))
+    products = np.einsum("itp,jup->ijtu", gradients, gradients)
+    true = np.linalg.norm(weights @ signal) / np.sqrt(3 * (weights**2).sum())
+    assert abs(snr.signal_to_noise(products, weights) - true) < 0.02
+    ratio, error = snr.with_error(lambda part: snr.signal_to_noise(part, weights), products[:40, :40])
+    assert abs(ratio - true) < 3 * error and 0.01 < error < 0.2
 
 
 def write_run(folder):

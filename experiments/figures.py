@@ -216,14 +216,19 @@ def parts_table():
 
 def draw_long(path):
     """Cards after 100 updates; below, reward and gold, a thin line a seed and a thick one their mean."""
-    figure = plt.figure(figsize=(10, 7.2), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.15))
-    cards = np.split(plt.imread(HERE / "results" / "cards.png"), 3)
-    names = ("Before training", "GRPO-Guard, 100 updates", "Flow-GRPO, 100 updates")
-    for axis, name, row in zip(upper.subplots(3, 1), names, cards, strict=True):
-        axis.imshow(row, interpolation="nearest")
-        axis.set_title(name, fontsize=11, loc="left", pad=3)
-        axis.axis("off")
+    figure = plt.figure(figsize=(10, 7.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.1, 1))
+    rows = plt.imread(HERE / "results" / "cards.png")
+    settings = ("guard-6.7e-4", "flow-grpo-2e-3", "guard-2e-3", "flow-grpo-6.7e-4")
+    names = ["before training", *(LONG[setting][0].replace(", ", "\n") for setting in settings)]
+    colours = ["black", *(LONG[setting][1] for setting in settings)]
+    axes = upper.subplots(5, 1)
+    for axis, name, colour, row in zip(axes, names, colours, np.split(rows, 5), strict=True):
+        axis.imshow(row, interpolation="nearest", aspect="auto")
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=11, color=colour)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    title = "The same prompts and noise, before and after 100 updates on an OCR reward"
+    axes[0].set_title(title, fontsize=12)
     axes = lower.subplots(1, 3)
     for setting, (name, colour, line) in LONG.items():
         runs = list(runs_of(f"long-{setting}").values())

@@ -118,12 +118,14 @@ def collect():
     pages = [RUNS / f"long-{run}.png" for run in CARDS]
     if all(page.exists() for page in pages):
         rows = [first_cards(page) for page in pages]
-        make_image_grid([card for row in rows for card in row], 3, 8).save(RESULTS / "cards.png")
+        make_image_grid([card for row in rows for card in row], len(rows), 8).save(RESULTS / "cards.png")
 
 
-# Three rows of eight cards: before training, after Guard, after Flow-GRPO.
-CARDS = ("guard-6.7e-4-s21/samples/000000", "guard-6.7e-4-s21/samples/000100",
-         "flow-grpo-2e-3-s21/samples/000100")  # fmt: skip
+# Rows of eight cards: before training, and after 100 updates in four settings.
+CARDS = ["guard-6.7e-4-s21/samples/000000"] + [
+    f"{setting}-s21/samples/000100"
+    for setting in ("guard-6.7e-4", "flow-grpo-2e-3", "guard-2e-3", "flow-grpo-6.7e-4")
+]
 
 
 def first_cards(page, count=8):

@@ -3,12 +3,12 @@
 GRPO fine-tunes a text-to-image model on a reward. It draws a group of images per prompt with a stochastic
 sampler, scores them, and makes those above their group's mean more likely. PPO's clip is meant to stop that
 push once the policy has moved far enough. The paper (arXiv 2510.22319) finds that in flow models it does not:
-the importance ratio of new and old policy lies below 1 on average, and its standard deviation differs many
-times over from one denoising step to another. So good samples hardly reach the upper clip, the reward goes on
-rising, and the pictures go bad. GRPO-Guard changes two equations:
+the log of the importance ratio of new and old policy is centred below 0, and its standard deviation differs
+many times over from one denoising step to another. So no one clip range stops good samples from above, the
+reward goes on rising, and the pictures go bad. GRPO-Guard changes two equations:
 
-    RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, a line of `log_ratio`
-    reweighting   a step's objective is multiplied by delta = 1 / dt          a line of `reweighting`
+    RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, in `log_ratio`
+    reweighting   a step's objective is multiplied by delta = 1 / dt          in `reweighting`
 
 In this project's own runs, on small models, most of the gain came from the weights of the steps and not from
 the clip; `reweighting` says why the weights should help.
@@ -25,9 +25,9 @@ One epoch, as in the loop of `train`:
 
 The clip acts from an epoch's second update on. In the first the policy is still the one that drew the images,
 so the ratio is 1. In the second it says how far the first update, on other images, has moved the model. The
-clip drops samples that the first update has already moved towards their advantage, good ones up and bad ones
-down. Those that it has moved the wrong way are never dropped, and pull back. So a narrow clip is a brake, and
-a very narrow one undoes the first update.
+clip drops samples that the first update has already moved the way of their advantage, good ones up and bad
+ones down. Samples that it has moved the wrong way keep their gradient, which points back. So a narrow clip is
+a brake, and with a very narrow one the second update pushes against the first.
 
 Symbols, the same in all of the file; mean(...) in an equation is over the D dimensions of one sample:
 
@@ -35,7 +35,7 @@ Symbols, the same in all of the file; mean(...) in an equation is over the D dim
     sigma   t, the noise level, from 1 (noise) to 0 (image)    B       samples that the model sees at once
     g       sigma_t, the noise rate                            G       group size, samples per prompt
     s       sigma_t sqrt(dt), a step's standard deviation      T       trained steps: those with noise, s > 0
-    d       -Delta mu, with Delta mu = mu_old - mu_new         C, H, W channels, height, width of the latents
+    d       mu_new - mu_old, the paper's -Delta mu             C, H, W channels, height, width of the latents
     eps     the step's noise, standard normal                  D       C * H * W, dimensions of a sample
     x       latents (1 - sigma) x0 + sigma x1, x1 noise        L, E    text tokens, width of an embedding
     v       velocity x1 - x0, what the transformer predicts
@@ -89,6 +89,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
 METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard", "snr")
+RATIO_NORM = ("rationorm", "guard", "snr")  # those with the ratio of Eq. 8
 REWARD_DEADLINE = 600  # seconds from a rank's last image to its last reward
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ class Args:
     offload: bool = flag(False, "encoders, embeddings, VAE and the kept rollout are on the CPU when idle")
     seed: int = flag(0, "keys every random number")
     run_dir: str = flag(None, "folder of the run, new or empty; runs/DATE-TIME unless given")
-    resume: str = flag(None, "folder of a run to go on with; each other flag changes that setting alone")
+    resume: str = flag(None, "folder of a run to go on with; other flags change those settings alone")
     dry_run: bool = flag(False, "print the settings and end")
 
 
@@ -155,7 +156,7 @@ SD3_PRESET = {
     "all": dict(clip=2e-6),
     "geneval": dict(epochs=930),
     "pickscore": dict(epochs=510, clip=4e-6),
-    "baseline": dict(lr=3e-4, clip=1e-4),  # every method but rationorm and guard
+    "baseline": dict(lr=3e-4, clip=1e-4),  # the methods with the ratio of Eq. 7
     "dance": dict(eta=0.3, same_noise=True),
 }
 FLUX = dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16", grad_checkpoint=True)
@@ -194,7 +195,7 @@ def preset(given):
     """Settings by model, task, method and sampler."""
     own = Path(given.model) / "guard.json"
     own = json.loads(own.read_text()) if own.exists() else {}
-    family = "guard" if given.method in ("rationorm", "guard", "snr") else "baseline"
+    family = "guard" if given.method in RATIO_NORM else "baseline"
     settings = dict(prompts=f"prompts/{given.task}", reward=given.task)
     for table in (PRESETS[read_index(given.model)["_class_name"]], own):
         for row in ("all", given.task, family, given.sde):
@@ -288,7 +289,7 @@ Step = namedtuple("Step", "sigma dt a b s")
 
 
 def make_schedule(sigmas, eta, kind, noisy=None) -> list[Step]:
-    """n + 1 sigmas -> n steps. noisy: indices of the steps with noise, all but the last unless given."""
+    """n + 1 sigmas -> n steps. noisy: indices of those with noise, all unless given; the last has none."""
     schedule = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         level = eta if noisy is None or i in noisy else 0.0
@@ -317,10 +318,10 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
        Written out it is mean(d eps) / s - mean(d²) / (2 s²): a noise term and a shift.
     2. Let KL = sum(d²) / (2 s²), the step's, summed over D, in nats. The noise term has mean 0 and standard
        deviation sqrt(2 KL) / D. The shift is -KL / D.
-    3. So the shift is sqrt(KL/2) times the standard deviation, for a sum over D as for a mean, and moves the
-       ratio below 1: the left shift. It is small below 1 nat, and large beyond.
-    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. When the standard deviation has
-       reached the clip range, the centre lies 3.3 standard deviations below 1. So either nothing is clipped,
+    3. So the log-ratio is centred sqrt(KL/2) standard deviations below 0, for a sum over D as for a mean: 0.2
+       at 0.1 nat, 0.7 at 1 nat, 3.2 at 20 nats. This is the left shift.
+    4. On a mean over D = 65,536 a clip range of 1e-4 is 6.6 nats of the sum. One standard deviation is as
+       large as that at KL = 21, and by then the centre lies 3.3 deviations low. So either nothing is clipped,
        or nearly only the low side.
     5. Eq. 8 leaves the shift out and multiplies by s. Its standard deviation is proportional to |b|, which
        varies 8-fold over the steps of SD3.5; that of Eq. 7 to |b| / s, 26-fold. So one clip range comes
@@ -336,7 +337,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
-    if method in ("rationorm", "guard", "snr"):
+    if method in RATIO_NORM:
         return mean(d * eps)  # Eq. 8
     if method == "mean-revised":
         return mean(d * eps) / s  # Eq. 7 without the shift
@@ -347,18 +348,19 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
     The gradient of Eq. 8 with respect to v_new is b eps / D, so without delta a step counts in proportion to
-    |b|. delta divides by |b|, so that all steps count alike:
+    |b|. delta is 1/|b| up to a constant, so that steps count alike:
 
     - `flow`: 1/dt, since |b| = (1 + eta²/2) dt at every step but the first, where sigma = 1 and |b| = dt.
     - `dance` and `cps`: (1 + eta²/2) / |b|, since their b is not proportional to dt. The constant makes the
       scale that of `flow`. Departure: TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt for DanceGRPO.
 
-    Why it should help. At a step with little noise the reward says little about that noise: E[A eps] is s
-    times the gradient of the expected advantage with respect to x_next (Stein's identity), while eps has size
-    1 at every step. Assume that this gradient is alike at all steps, and let w be the weight of a step's eps.
-    Then the sum's signal-to-noise ratio is sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with
-    `flow` it is 0.66 for Flow-GRPO (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant
-    but at the first step), and 1.43 at best (w = s).
+    Why it helps. At a step with little noise the reward says little about that noise. By Stein's identity the
+    signal, E[A eps], is s times the gradient of the expected advantage with respect to x_next. The noise of
+    A eps has size 1 at every step. Let w be the weight of a step's eps, and assume that this gradient, and
+    what the LoRA does to v, are alike at all steps. Then the sum over the steps has the signal-to-noise ratio
+    sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²)). On SD3.5 with `flow` it is 0.66 for Flow-GRPO
+    (w = |b| / s), 0.87 for RatioNorm (w = |b|), 1.31 for Guard (w constant but at the first step), and 1.43
+    at best (w = s). Measured on the small models the differences are larger: see experiments/README.md.
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
@@ -379,7 +381,7 @@ def advantages(scores: torch.Tensor) -> torch.Tensor:
     """
     deviation = scores.std(1, unbiased=False, keepdim=True)
     normalised = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-4)
-    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)
+    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # rounding could leave a deviation
     return torch.where(live, normalised.clamp(-5, 5), 0.0)
 
 
@@ -632,11 +634,12 @@ def rollout(backbone, args, schedule, prompts, group_size, phase, scorer, count)
     rewards. Returns this rank's slices.
     """
     # Slices go round the ranks. The members of a group come one after another.
-    numbers_of_slices = torch.arange(len(prompts) * group_size).split(args.micro_batch)[RANK::WORLD]
+    total, size = len(prompts) * group_size, args.micro_batch
+    numbers_of_slices = [range(total)[i : i + size] for i in range(0, total, size)][RANK::WORLD]
     my_prompts = {prompts[number // group_size][0] for numbers in numbers_of_slices for number in numbers}
     embeddings, slices = backbone.encode(my_prompts), []
     for numbers in tqdm(numbers_of_slices, desc="sample", leave=False, disable=RANK > 0):
-        numbers = numbers.tolist()
+        numbers = list(numbers)
         pairs = [prompts[number // group_size] for number in numbers]
         keys = [(args.seed, phase, *divmod(number, group_size)) for number in numbers]
         of_slice = [embeddings[prompt] for prompt, _ in pairs]
@@ -668,7 +671,7 @@ class Scorer:
         for piece in slices:
             found = torch.tensor(piece.scores.get(deadline - time.monotonic()), dtype=torch.float64)
             scores[: len(found), piece.numbers] = found
-        return all_reduce(scores.to(DEVICE)).cpu()  # all but one rank have 0 for a sample: an exact sum
+        return all_reduce(scores.to(DEVICE)).cpu()  # a sample is 0 on all ranks but one: the sum is exact
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -686,7 +689,7 @@ class Policy:
         # hold. The scaler multiplies the loss by 2**24, by less once that overflows, and divides gradients.
         # Departure: the authors' frozen weights are fp32, under fp16 autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
-        # A rank that has nothing to learn from has a scale and gradients too.
+        # A rank without a live group joins in each update: it needs a scale, and gradients of 0.
         self.scaler.scale(torch.zeros((), device=DEVICE))
         for p in self.params:
             p.grad = torch.zeros_like(p)
@@ -697,7 +700,7 @@ class Policy:
         In float16 an update whose gradient overflows is skipped, and the next ones are scaled by half.
         """
         gradients = [p.grad for p in self.params]
-        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)
+        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)  # for any tensors
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.params, 1.0, error_if_nonfinite=not self.scaler.is_enabled())
         self.scaler.step(self.optimizer)
@@ -766,7 +769,7 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
                     v_base = backbone.velocity(x, step.sigma, piece.embeddings)
                     backbone.transformer.enable_adapters()
                 kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
-                # Outside delta. Times dt it is the authors' mean(d²) / (2 g²), as s² = g² dt but for cps.
+                # Not weighted by delta. dt kl is the authors' mean(d²) / (2 g²): s² = g² dt, but not in cps.
                 loss = loss + args.kl_beta * step.dt * kl
             policy.scaler.scale(loss.sum() / terms).backward()
             values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()
@@ -810,7 +813,7 @@ def all_reduce(tensor):
 def say(text):
     if RANK == 0:
         tqdm.write(text)
-        sys.stdout.flush()  # os._exit does not
+        sys.stdout.flush()  # os._exit would lose it
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -818,13 +821,13 @@ def say(text):
 
 
 def claim_folder(args):
-    """Make the run's folder, or take that of a run that goes on. Returns a lock that lives with the process.
+    """Make the run's folder, or take that of a run that goes on, and lock it until the process ends.
 
     Raises BadInput for a folder that is not empty, and for a run that another process is at work on.
     """
     folder = Path(args.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder, os.O_RDONLY)  # an int: nothing closes it before the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -834,7 +837,6 @@ def claim_folder(args):
         require(is_new, f"--run_dir {folder}: is not empty; --resume {folder} goes on with a run")
         save_settings(args)
     (folder / "samples").mkdir(exist_ok=True)
-    return lock
 
 
 def save_settings(args):
@@ -911,7 +913,7 @@ def load_checkpoint(policy, args):
     if RANK == 0:
         kept = (folder / "metrics.jsonl").read_text() if folder else ""
         (Path(args.run_dir) / "metrics.jsonl").write_text(kept)
-        if args.epochs > position["epochs"]:  # and not to evaluate only
+        if args.epochs > position["epochs"]:  # not when --resume is only to evaluate
             save_settings(args)
         versions = {part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)}
         log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE))
@@ -958,7 +960,7 @@ def train(args):
     evaluations = {*range(0, args.epochs, args.eval_every), args.epochs}  # numbers of epochs done
     sheet = Path(args.run_dir) / f"samples/{position['updates']:06d}.png"
     start = position["epochs"]
-    # Asked for, or lost with what came after the checkpoint.
+    # Due now, or made after this checkpoint and so cut from metrics.jsonl.
     if start in evaluations or start > args.epochs or sheet.exists():
         evaluate(backbone, policy, args, scorer, position["updates"])
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
@@ -1013,12 +1015,13 @@ def main():
         if args.dry_run:
             say(json.dumps(asdict(args), indent=2))
             return
-        lock = claim_folder(args) if RANK == 0 else None  # noqa: F841 - held for as long as the process lives
+        if RANK == 0:
+            claim_folder(args)
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
-            torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls, the LoRA's; rho is elementwise
+            torch.set_float32_matmul_precision("high")  # TF32 in the LoRA's matmuls; rho needs none
         if WORLD > 1:
-            # Ranks wait for each other for longer than a reward may take, so that its own error is seen.
+            # Longer than a reward may take, so that its own error comes before that of ranks that wait.
             wait = timedelta(seconds=3 * REWARD_DEADLINE)
             dist.init_process_group("nccl" if ON_GPU else "gloo", timeout=wait)
         train(args)

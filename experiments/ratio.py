@@ -29,7 +29,7 @@ CLIPS = (2.56e-5, 7e-5, 2.56e-4, 7e-4, 2.56e-3, 1e9)
 
 def main():
     args = guard.parse_args()
-    lock = guard.claim_folder(args)  # noqa: F841
+    guard.claim_folder(args)
     plain_ratio, plain_update = guard.log_ratio, guard.update
     terms, found = [], {}  # of an update; (place, step) -> arrays (5, samples): A, rho, noise, KL, delta
     epoch = -1

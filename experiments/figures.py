@@ -25,6 +25,7 @@ LONG = {  # setting -> name, and line in the figure
     "guard-6.7e-4-noclip": ("Guard, lr 6.7e-4, no clip", None, None),
     "flow-grpo-2e-3-noclip": ("Flow-GRPO, lr 2e-3, no clip", None, None),
 }
+DRAWN = list(LONG)[:4]
 SAMPLERS = ("flow on tiny/sd3", "cps on tiny/sd3", "flow on tiny/flux", "dance on tiny/flux")
 PLACES = "lr 0.002, 8 updates an epoch, seed 21"
 PUSH = "guard, lr 0.00067, 2 updates an epoch, seed 21"
@@ -81,17 +82,22 @@ def mean_and_error(values, digits=3, sign=""):
     return text
 
 
-def long_table():
+def long_table(settings=LONG, updates=(20, 40, 100)):
     """Reward and gold on the way, and the share of dead groups in the last ten updates."""
-    rows, updates = [], (20, 40, 100)
-    for setting, (name, _, _) in LONG.items():
-        runs = runs_of(f"long-{setting}").values()
+    rows = []
+    for setting in settings:
+        name, runs = LONG[setting][0], runs_of(f"long-{setting}").values()
         cells = [name, str(len(runs))]
         for column in ("reward", "gold"):
             cells += [mean_and_error([float(run[k][column]) for run in runs]) for k in updates]
         rows.append([*cells, f"{statistics.mean(float(run[100]['dead']) for run in runs):.0%}"])
     rewards, golds = ([f"{name} {k}" for k in updates] for name in ("reward", "gold"))
     return table(["run", "seeds", *rewards, *golds, "dead at 100"], rows)
+
+
+def readme_table():
+    """The rows of the figure, for the first page."""
+    return long_table(DRAWN, (20, 100))
 
 
 def weights_runs():
@@ -175,6 +181,20 @@ def clip_table():
     return table(columns, rows)
 
 
+def sides_table():
+    """Shares of the samples above and below the clip range in second updates of the long runs."""
+    rows = []
+    for setting in DRAWN:
+        found = [row for row in read("updates") if row["run"].startswith(f"long-{setting}-s")]
+        last = max(int(row["step"]) for row in found)
+        cells = [LONG[setting][0]]
+        for steps in ([row for row in found if int(row["step"]) == last], found):
+            for side in ("clip_high", "clip_low"):
+                cells.append(f"{statistics.mean(float(row[side]) for row in steps):.1%}")
+        rows.append(cells)
+    return table(["run", "last step, above", "below", "all steps, above", "below"], rows)
+
+
 def at(level, x, y):
     """y where x first reaches a level, by a straight line between two evaluations; nan if it never does."""
     reached = np.flatnonzero(x >= level)
@@ -230,10 +250,9 @@ def draw_long(path):
     title = "The same prompts and noise, before and after 100 updates on an OCR reward"
     axes[0].set_title(title, fontsize=12)
     axes = lower.subplots(1, 3)
-    for setting, (name, colour, line) in LONG.items():
+    for setting in DRAWN:
+        name, colour, line = LONG[setting]
         runs = list(runs_of(f"long-{setting}").values())
-        if not colour or not runs:
-            continue
         curves = [[column_of(run, column) for column in ("update", "reward", "gold")] for run in runs]
         for i, (update, reward, gold) in enumerate([*curves, np.mean(curves, axis=0)]):
             style = dict(lw=2.2, label=name) if i == len(curves) else dict(lw=0.6, alpha=0.5)
@@ -324,7 +343,7 @@ def draw_snr(path):
 
 def tables():
     return [
-        long_table(), tests_table(), snr_table(), weights_table(), clip_table(),
+        long_table(), tests_table(), snr_table(), weights_table(), clip_table(), sides_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip
 

@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
-WEIGHTS = "--task ocr --model tiny/sd3 --lr 6.7e-4 --epochs 10 --eval_prompts 128"
-CLIP = "--task ocr --model tiny/sd3 --lr 6.7e-4 --epochs 20 --eval_prompts 128"
+SHORT = "--task ocr --model tiny/sd3 --lr 6.7e-4 --eval_prompts 128"
+ABLATION = ("temp-reweight", "mean-revised", "rationorm")
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
         (0, 1, 2),
@@ -35,9 +35,23 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
     ),
     "weights": (
         (21, 22, 23, 24, 25),
-        {f"weights-{method}": f"{WEIGHTS} --method {method}" for method in ("snr", "guard")},
+        {f"weights-{method}": f"{SHORT} --epochs 10 --method {method}" for method in ("snr", "guard")},
     ),
-    "clip": ((21,), {f"clip-{clip}": f"{CLIP} --clip {clip}" for clip in ("7e-5", "2.56e-5")}),
+    "clip": (
+        (21,),
+        {f"clip-{clip}": f"{SHORT} --epochs 20 --clip {clip}" for clip in ("7e-5", "2.56e-5")},
+    ),
+    "ablation": (
+        (21, 22, 23),
+        {f"ablation-{method}": f"{SHORT} --epochs 20 --method {method}" for method in ABLATION},
+    ),
+    "table": (
+        (21, 22, 23),
+        {f"table-{task}-{model}-{method}": f"--task {task} --model tiny/{model} --sde {sde} --method {method} "
+                                           f"--epochs {20 if task == 'ocr' else 10} --eval_prompts 128"
+         for task in ("ocr", "geneval", "pickscore") for model, sde in (("sd3", "flow"), ("flux", "dance"))
+         for method in ("flow-grpo", "guard") if (task, model) != ("ocr", "sd3")},
+    ),
     "long": (
         (21, 22, 23),
         {

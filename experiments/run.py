@@ -21,6 +21,8 @@ RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
 SHORT = "--task ocr --model tiny/sd3 --lr 6.7e-4 --eval_prompts 128"
+TABLE = {task: f"--task {task} --epochs {epochs} --eval_prompts 128"  # 40 updates each
+         for task, epochs in (("ocr", 20), ("geneval", 10), ("pickscore", 10))}
 ABLATION = ("temp-reweight", "mean-revised", "rationorm")
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
@@ -47,9 +49,8 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
     ),
     "table": (
         (21, 22, 23),
-        {f"table-{task}-{model}-{method}": f"--task {task} --model tiny/{model} --sde {sde} --method {method} "
-                                           f"--epochs {20 if task == 'ocr' else 10} --eval_prompts 128"
-         for task in ("ocr", "geneval", "pickscore") for model, sde in (("sd3", "flow"), ("flux", "dance"))
+        {f"table-{task}-{model}-{method}": f"{flags} --model tiny/{model} --sde {sde} --method {method}"
+         for task, flags in TABLE.items() for model, sde in (("sd3", "flow"), ("flux", "dance"))
          for method in ("flow-grpo", "guard") if (task, model) != ("ocr", "sd3")},
     ),
     "long": (

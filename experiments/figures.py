@@ -24,6 +24,7 @@ LONG = {  # setting -> name, and line in the figure
     "guard-2e-3": ("Guard, lr 2e-3", "tab:blue", ":"),
     "guard-6.7e-4-noclip": ("Guard, lr 6.7e-4, no clip", None, None),
     "flow-grpo-2e-3-noclip": ("Flow-GRPO, lr 2e-3, no clip", None, None),
+    "guard-2e-3-noclip": ("Guard, lr 2e-3, no clip (added later)", None, None),
 }
 DRAWN = list(LONG)[:4]
 SAMPLERS = ("flow on tiny/sd3", "cps on tiny/sd3", "flow on tiny/flux", "dance on tiny/flux")

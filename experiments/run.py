@@ -62,6 +62,7 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
             "long-guard-2e-3": f"{LONG} --method guard --lr 2e-3",
             "long-guard-6.7e-4-noclip": f"{LONG} --method guard --lr 6.7e-4 --clip 1e9",
             "long-flow-grpo-2e-3-noclip": f"{LONG} --method flow-grpo --lr 2e-3 --clip 1e9",
+            "long-guard-2e-3-noclip": f"{LONG} --method guard --lr 2e-3 --clip 1e9",  # added later
         },
     ),
 }  # fmt: skip

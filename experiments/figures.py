@@ -84,16 +84,16 @@ def mean_and_error(values, digits=3, sign=""):
 
 
 def long_table(settings, updates=(20, 40, 100)):
-    """Reward and gold on the way, and the share of dead groups in the last ten updates."""
+    """Reward and gold on the way."""
     rows = []
     for setting in settings:
         name, runs = LONG[setting][0], runs_of(f"long-{setting}").values()
         cells = [name, str(len(runs))]
         for column in ("reward", "gold"):
             cells += [mean_and_error([float(run[k][column]) for run in runs]) for k in updates]
-        rows.append([*cells, f"{statistics.mean(float(run[100]['dead']) for run in runs):.0%}"])
+        rows.append(cells)
     rewards, golds = ([f"{name} {k}" for k in updates] for name in ("reward", "gold"))
-    return table(["run", "seeds", *rewards, *golds, "dead at 100"], rows)
+    return table(["run", "seeds", *rewards, *golds], rows)
 
 
 def readme_table():

@@ -10,9 +10,9 @@ reward goes on rising, and the pictures go bad. GRPO-Guard changes two equations
     RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)        Eq. 8, in `log_ratio`
     reweighting   a step's objective is multiplied by delta = 1 / dt          in `reweighting`
 
-In this project's own runs, on small models, a lower learning rate did most to slow this down. At equal rates
-Guard kept more quality, and at the lower one it learned faster. The weights of its steps have the larger
-signal-to-noise ratio, and its clip acts on both sides.
+In this project's own runs, on small models, a lower learning rate did most to slow this down. At a high rate
+Guard kept more quality than Flow-GRPO, and at a low one it learned faster. The weights of its steps have the
+larger signal-to-noise ratio, and its clip acts on both sides.
 
 One epoch, as in the loop of `train`:
 

@@ -118,6 +118,23 @@ def weights_table():
     return table(["method", "seeds", "reward 10", "reward 20", "gold 10", "gold 20"], rows)
 
 
+def ablation_table():
+    """Five methods at 6.7e-4 after 40 updates, at the seeds that all of them have."""
+    settings = {"Flow-GRPO": "long-flow-grpo-6.7e-4"}
+    settings |= {f"`{name}`": f"ablation-{name}" for name in ("temp-reweight", "mean-revised", "rationorm")}
+    settings["Guard"] = "long-guard-6.7e-4"
+    runs = {name: runs_of(setting) for name, setting in settings.items()}
+    seeds = set.intersection(*(set(found) for found in runs.values()))
+    rows = []
+    for name, found in runs.items():
+        cells = [name, str(len(seeds))]
+        for column in ("reward", "gold"):
+            cells += [mean_and_error([float(found[seed][k][column]) for seed in seeds]) for k in (10, 20, 40)]
+        rows.append(cells)
+    updates = [f"{name} {k}" for name in ("reward", "gold") for k in (10, 20, 40)]
+    return table(["method", "seeds", *updates], rows)
+
+
 def tests_table():
     """The planned comparisons: difference paired by seed, p of a t-test, and p by Holm's method."""
     long = {setting: runs_of(f"long-{setting}") for setting in LONG}
@@ -345,7 +362,7 @@ def draw_snr(path):
 def tables():
     return [
         long_table(DRAWN), snr_table(), weights_table(), clip_table(), long_table(NO_CLIP), sides_table(),
-        tests_table(),
+        tests_table(), ablation_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip
 

@@ -17,11 +17,11 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 HERE = Path(__file__).resolve().parent
-LONG = {  # setting -> name, and line in the figure
+LONG = {  # setting -> name, and line in the figure; the first four are drawn, in the order of cards.png
     "guard-6.7e-4": ("Guard, lr 6.7e-4", "tab:blue", "-"),
     "flow-grpo-2e-3": ("Flow-GRPO, lr 2e-3", "tab:red", "-"),
-    "flow-grpo-6.7e-4": ("Flow-GRPO, lr 6.7e-4", "tab:red", ":"),
     "guard-2e-3": ("Guard, lr 2e-3", "tab:blue", ":"),
+    "flow-grpo-6.7e-4": ("Flow-GRPO, lr 6.7e-4", "tab:red", ":"),
     "guard-6.7e-4-noclip": ("Guard, lr 6.7e-4, no clip", None, None),
     "flow-grpo-2e-3-noclip": ("Flow-GRPO, lr 2e-3, no clip", None, None),
     "guard-2e-3-noclip": ("Guard, lr 2e-3, no clip (added later)", None, None),
@@ -83,17 +83,20 @@ def mean_and_error(values, digits=3, sign=""):
     return text
 
 
-def long_table(settings, updates=(20, 40, 100)):
-    """Reward and gold on the way."""
+def curves_table(column, runs, updates, digits=3):
+    """Reward and gold after some updates. runs: name -> seed -> run."""
     rows = []
-    for setting in settings:
-        name, runs = LONG[setting][0], runs_of(f"long-{setting}").values()
-        cells = [name, str(len(runs))]
-        for column in ("reward", "gold"):
-            cells += [mean_and_error([float(run[k][column]) for run in runs]) for k in updates]
+    for name, found in runs.items():
+        cells = [name, str(len(found))]
+        for key in ("reward", "gold"):
+            cells += [mean_and_error([float(run[k][key]) for run in found.values()], digits) for k in updates]
         rows.append(cells)
-    rewards, golds = ([f"{name} {k}" for k in updates] for name in ("reward", "gold"))
-    return table(["run", "seeds", *rewards, *golds], rows)
+    return table([column, "seeds", *(f"{key} {k}" for key in ("reward", "gold") for k in updates)], rows)
+
+
+def long_table(settings, updates=(20, 40, 100)):
+    runs = {LONG[setting][0]: runs_of(f"long-{setting}") for setting in settings}
+    return curves_table("run", runs, updates)
 
 
 def readme_table():
@@ -102,37 +105,24 @@ def readme_table():
 
 
 def weights_runs():
-    """method -> seed -> run. Guard's seeds that the long runs have are their first 20 updates."""
-    long = runs_of("long-guard-6.7e-4")
-    guard = runs_of("weights-guard") | {seed: long[seed] for seed in (21, 22) if seed in long}
+    """method -> seed -> run. The long runs of Guard begin with the same 20 updates."""
+    guard = runs_of("long-guard-6.7e-4") | runs_of("weights-guard")
     return {"Guard": guard, "`snr`, w = s": runs_of("weights-snr")}
 
 
 def weights_table():
-    rows = []
-    for name, runs in weights_runs().items():
-        cells = [name, str(len(runs))]
-        for column in ("reward", "gold"):
-            cells += [mean_and_error([float(run[k][column]) for run in runs.values()], 4) for k in (10, 20)]
-        rows.append(cells)
-    return table(["method", "seeds", "reward 10", "reward 20", "gold 10", "gold 20"], rows)
+    return curves_table("method", weights_runs(), (10, 20), digits=4)
 
 
 def ablation_table():
-    """Five methods at 6.7e-4 after 40 updates, at the seeds that all of them have."""
+    """Five methods at 6.7e-4, at the seeds that all of them have."""
     settings = {"Flow-GRPO": "long-flow-grpo-6.7e-4"}
     settings |= {f"`{name}`": f"ablation-{name}" for name in ("temp-reweight", "mean-revised", "rationorm")}
     settings["Guard"] = "long-guard-6.7e-4"
     runs = {name: runs_of(setting) for name, setting in settings.items()}
-    seeds = set.intersection(*(set(found) for found in runs.values()))
-    rows = []
-    for name, found in runs.items():
-        cells = [name, str(len(seeds))]
-        for column in ("reward", "gold"):
-            cells += [mean_and_error([float(found[seed][k][column]) for seed in seeds]) for k in (10, 20, 40)]
-        rows.append(cells)
-    updates = [f"{name} {k}" for name in ("reward", "gold") for k in (10, 20, 40)]
-    return table(["method", "seeds", *updates], rows)
+    seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
+    runs = {name: {seed: found[seed] for seed in seeds} for name, found in runs.items()}
+    return curves_table("method", runs, (10, 20, 40))
 
 
 def tests_table():
@@ -164,19 +154,20 @@ def tests_table():
     return table(["planned comparison", "seeds", "difference", "p", "p, Holm"], rows)
 
 
-def snr_table():
+def snr_table(methods=("flow-grpo", "rationorm", "guard")):
     """Signal-to-noise ratios as shares of that of w = s: predicted, and measured ± jackknife error."""
     rows = []
     for sampler in SAMPLERS:
         found = {row["weights"]: row for row in read("snr") if row["run"] == f"{sampler}, seed 21"}
         cells = []
-        for name in ("flow-grpo", "rationorm", "guard"):
+        for name in methods:
             predicted = float(found[name]["predicted"]) / float(found["snr"]["predicted"])
             share, error = (float(found[name][key]) for key in ("share", "share_error"))
             cells += [f"{predicted:.2f}", f"{share:.2f} ± {error:.2f}"]
         kind, model = sampler.split(" on ")
         rows.append([f"`{kind}` on `{model}`", *cells])
-    return table(["sampler", "Flow-GRPO", "measured", "RatioNorm", "measured", "Guard", "measured"], rows)
+    names = {"flow-grpo": "Flow-GRPO", "rationorm": "RatioNorm", "guard": "Guard"}
+    return table(["sampler", *(x for name in methods for x in (names[name], "measured"))], rows)
 
 
 def clip_table():
@@ -257,9 +248,8 @@ def draw_long(path):
     figure = plt.figure(figsize=(10, 7.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.1, 1))
     rows = plt.imread(HERE / "results" / "cards.png")
-    settings = ("guard-6.7e-4", "flow-grpo-2e-3", "guard-2e-3", "flow-grpo-6.7e-4")
-    names = ["before training", *(LONG[setting][0].replace(", ", "\n") for setting in settings)]
-    colours = ["black", *(LONG[setting][1] for setting in settings)]
+    names = ["before training", *(LONG[setting][0].replace(", ", "\n") for setting in DRAWN)]
+    colours = ["black", *(LONG[setting][1] for setting in DRAWN)]
     axes = upper.subplots(5, 1)
     for axis, name, colour, row in zip(axes, names, colours, np.split(rows, 5), strict=True):
         axis.imshow(row, interpolation="nearest", aspect="auto")

@@ -21,9 +21,11 @@ def test_figures_are_drawn_from_the_csvs(tmp_path):
 
 
 def test_the_tables_of_the_page_are_those_of_the_csvs():
-    page = (HERE / "experiments" / "README.md").read_text()
+    page, first_page = ((HERE / path).read_text() for path in ("experiments/README.md", "README.md"))
     for table in figures.tables():
         assert table in page
+    assert figures.readme_table() in first_page
+    assert figures.snr_table(("flow-grpo", "guard")) in first_page
 
 
 def test_signal_to_noise_is_that_of_the_gradients():

@@ -21,8 +21,8 @@ RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results"
 LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
 SHORT = "--task ocr --model tiny/sd3 --lr 6.7e-4 --eval_prompts 128"
-TABLE = {task: f"--task {task} --epochs {epochs} --eval_prompts 128"  # 40 updates each
-         for task, epochs in (("ocr", 20), ("geneval", 10), ("pickscore", 10))}
+TABLE = {task: f"--task {task} --epochs {epochs} --eval_every {every} --eval_prompts 128"  # 40 updates each
+         for task, epochs, every in (("ocr", 20, 5), ("geneval", 10, 2), ("pickscore", 10, 2))}
 ABLATION = ("temp-reweight", "mean-revised", "rationorm")
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (

@@ -125,6 +125,34 @@ def ablation_table():
     return curves_table("method", runs, (10, 20, 40))
 
 
+def paper_table():
+    """The paper's Table 1 at this scale: changes by update 40, and those of gold at equal gain, per seed."""
+    rows = []
+    for task, name in (("ocr", "OCR"), ("geneval", "GenEval"), ("pickscore", "PickScore")):
+        for model, baseline in (("sd3", "Flow-GRPO"), ("flux", "DanceGRPO")):
+            settings = [f"table-{task}-{model}-{method}" for method in ("flow-grpo", "guard")]
+            if (task, model) == ("ocr", "sd3"):
+                settings = ["long-flow-grpo-2e-3", "long-guard-6.7e-4"]
+            without, guarded = (runs_of(setting) for setting in settings)
+            seeds = sorted(without.keys() & guarded.keys())
+            changes = np.array([changes_at_equal_gain(without[seed], guarded[seed]) for seed in seeds])
+            cells = [mean_and_error(list(values), sign="+") for values in changes.T]
+            rows.append([f"{name}, `tiny/{model}`, {baseline}", str(len(seeds)), *cells])
+    pairs = ("gain", "with Guard", "gold", "with Guard", "gold at equal gain", "with Guard")
+    return table(["run", "seeds", *pairs], rows)
+
+
+def changes_at_equal_gain(*runs, last=40):
+    """Per run: the gain by update `last`, gold's change, and that at the smaller of the largest gains."""
+    curves = []
+    for run in runs:
+        update, reward, gold = (column_of(run, column) for column in ("update", "reward", "gold"))
+        curves.append([(values - values[0])[update <= last] for values in (reward, gold)])
+    equal = min(gain.max() for gain, _ in curves)
+    gains, changes = ([curve[i][-1] for curve in curves] for i in (0, 1))
+    return *gains, *changes, *(at(equal, *curve) for curve in curves)
+
+
 def tests_table():
     """The planned comparisons: difference paired by seed, p of a t-test, and p by Holm's method."""
     long = {setting: runs_of(f"long-{setting}") for setting in LONG}

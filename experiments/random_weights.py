@@ -6,7 +6,8 @@
 Its pictures are noise, but memory and seconds are those of the real model. The reward is one that noise can
 earn: groups without any difference in reward would not be trained on. SD3.5-M takes 16 GB of disk and
 FLUX.1-dev 34 GB, and about as much memory, of the GPU if there is one. The tokenizers spell letter by letter.
-`--layers N` keeps only N layers of the transformer and of every text encoder.
+`--layers N` keeps only N layers of each kind in the transformer: with dual attention and without in SD3.5-M,
+double and single in FLUX.1-dev. `--encoder_layers N` keeps N layers of every text encoder.
 """
 
 import argparse
@@ -31,15 +32,16 @@ from transformers import (
     T5Tokenizer,
 )
 
-# The published configurations, as far as they differ from the defaults of the classes.
+ALL = 10**6  # more layers than any model has
+# The published configurations, as far as they differ from the defaults of the classes. `build` adds how many
+# layers the transformers have.
 SD3 = dict(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
     num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-    pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm")
+    pos_embed_max_size=384, qk_norm="rms_norm")
 FLUX = dict(
-    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
-    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
-    axes_dims_rope=(16, 56, 56))
+    patch_size=1, in_channels=64, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096,
+    pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))
 VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,
@@ -72,24 +74,28 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
-def build(model, layers=10**6):
+def build(model, layers=ALL, encoder_layers=ALL):
     """The pipeline, in torch's default dtype and on its default device."""
 
     def cut(config):
-        """The same with at most so many layers."""
-        counts = {name for name in config if name.startswith("num_") and name.endswith("_layers")}
-        return config | {name: min(config[name], layers) for name in counts}
+        """The configuration of a text encoder with at most so many layers."""
+        key = "num_layers" if "num_layers" in config else "num_hidden_layers"
+        return config | {key: min(config[key], encoder_layers)}
 
+    dual, plain = (min(layers, count) for count in (13, 11))
+    sd3 = SD3 | dict(num_layers=dual + plain, dual_attention_layers=tuple(range(dual)))
+    double, single = (min(layers, count) for count in (19, 38))
+    flux = FLUX | dict(num_layers=double, num_single_layers=single)
     t5 = T5EncoderModel(T5Config(**cut(T5_XXL)))
     if model == "flux.1-dev":
         return FluxPipeline(
             FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
             AutoencoderKL(**VAE, scaling_factor=0.3611, shift_factor=0.1159),
             CLIPTextModel(CLIPTextConfig(**cut(CLIP_L))), clip_tokenizer(), t5, t5_tokenizer(),
-            FluxTransformer2DModel(**cut(FLUX)))
+            FluxTransformer2DModel(**flux))
     clips = [CLIPTextModelWithProjection(CLIPTextConfig(**cut(config))) for config in (CLIP_L, CLIP_G)]
     return StableDiffusion3Pipeline(
-        SD3Transformer2DModel(**cut(SD3)), FlowMatchEulerDiscreteScheduler(shift=3.0),
+        SD3Transformer2DModel(**sd3), FlowMatchEulerDiscreteScheduler(shift=3.0),
         AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609),
         clips[0], clip_tokenizer(), clips[1], clip_tokenizer(), t5, t5_tokenizer())
 
@@ -98,12 +104,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=("sd3.5-medium", "flux.1-dev"))
     parser.add_argument("folder")
-    parser.add_argument("--layers", type=int, default=10**6, help="at most so many of each model")
+    parser.add_argument("--layers", type=int, default=ALL, help="at most so many of each kind")
+    parser.add_argument("--encoder_layers", type=int, default=ALL, help="at most so many of each")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     args = parser.parse_args()
     torch.set_default_dtype(getattr(torch, args.dtype))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        pipe = build(args.model, args.layers)
+        pipe = build(args.model, args.layers, args.encoder_layers)
     pipe.save_pretrained(args.folder)
 
 

@@ -93,8 +93,9 @@ def test_random_weights_make_a_folder_that_diffusers_draws_with(tmp_path, monkey
     )
     for name, change in smaller.items():
         monkeypatch.setattr(random_weights, name, getattr(random_weights, name) | change)
-    random_weights.build("sd3.5-medium", layers=1).save_pretrained(tmp_path)
+    random_weights.build("sd3.5-medium", layers=1, encoder_layers=3).save_pretrained(tmp_path)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
-    assert len(pipe.transformer.transformer_blocks) == pipe.text_encoder_2.config.num_hidden_layers == 1
+    assert [block.use_dual_attention for block in pipe.transformer.transformer_blocks] == [True, False]
+    assert len(pipe.text_encoder_2.text_model.encoder.layers) == pipe.text_encoder_3.config.num_layers == 3
     pixels = pipe('a "CAT"', height=16, width=16, num_inference_steps=1, output_type="pt").images
     assert pixels.shape == (1, 3, 16, 16) and pixels.isfinite().all()

@@ -23,6 +23,7 @@ DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval
 SHORT = "--task ocr --model tiny/sd3 --lr 6.7e-4 --eval_prompts 128"
 TABLE = {task: f"--task {task} --epochs {epochs} --eval_every {every} --eval_prompts 128"  # 40 updates each
          for task, epochs, every in (("ocr", 20, 5), ("geneval", 10, 2), ("pickscore", 10, 2))}
+KL = "--task ocr --model tiny/sd3 --epochs 20 --eval_prompts 128 --kl_beta 0.1"
 ABLATION = ("temp-reweight", "mean-revised", "rationorm")
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
@@ -52,6 +53,13 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
         {f"table-{task}-{model}-{method}": f"{flags} --model tiny/{model} --sde {sde} --method {method}"
          for task, flags in TABLE.items() for model, sde in (("sd3", "flow"), ("flux", "dance"))
          for method in ("flow-grpo", "guard") if (task, model) != ("ocr", "sd3")},
+    ),
+    "kl": (
+        (21, 22, 23),
+        {
+            "kl-guard-6.7e-4": f"{KL} --method guard --lr 6.7e-4",
+            "kl-flow-grpo-2e-3": f"{KL} --method flow-grpo --lr 2e-3",
+        },
     ),
     "long": (
         (21, 22, 23),

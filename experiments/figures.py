@@ -119,10 +119,21 @@ def ablation_table():
     settings = {"Flow-GRPO": "long-flow-grpo-6.7e-4"}
     settings |= {f"`{name}`": f"ablation-{name}" for name in ("temp-reweight", "mean-revised", "rationorm")}
     settings["Guard"] = "long-guard-6.7e-4"
+    return curves_table("method", at_common_seeds(settings), (10, 20, 40))
+
+
+def kl_table():
+    """With and without the KL of the supplement, at the seeds that all of them have."""
+    settings = {LONG[setting][0]: f"long-{setting}" for setting in DRAWN[:2]}
+    settings |= {f"{LONG[setting][0]}, KL": f"kl-{setting}" for setting in DRAWN[:2]}
+    return curves_table("run", at_common_seeds(settings), (10, 20, 40))
+
+
+def at_common_seeds(settings):
+    """name -> seed -> run, of settings by name."""
     runs = {name: runs_of(setting) for name, setting in settings.items()}
     seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
-    runs = {name: {seed: found[seed] for seed in seeds} for name, found in runs.items()}
-    return curves_table("method", runs, (10, 20, 40))
+    return {name: {seed: found[seed] for seed in seeds} for name, found in runs.items()}
 
 
 def paper_table():
@@ -380,7 +391,7 @@ def draw_snr(path):
 def tables():
     return [
         long_table(DRAWN), snr_table(), weights_table(), clip_table(), long_table(NO_CLIP), sides_table(),
-        tests_table(), ablation_table(),
+        tests_table(), ablation_table(), kl_table(), paper_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip
 

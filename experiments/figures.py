@@ -99,6 +99,13 @@ def long_table(settings, updates=(20, 40, 100)):
     return curves_table("run", runs, updates)
 
 
+def no_clip_table():
+    """With a clip and without, at the seeds that all of them have."""
+    settings = [name for bare in NO_CLIP for name in (bare.removesuffix("-noclip"), bare)]
+    runs = at_common_seeds({LONG[setting][0]: f"long-{setting}" for setting in settings})
+    return curves_table("run", runs, (20, 40, 100))
+
+
 def readme_table():
     """The rows of the figure, for the first page."""
     return long_table(DRAWN, (20, 100))
@@ -108,10 +115,6 @@ def weights_runs():
     """method -> seed -> run. The long runs of Guard begin with the same 20 updates."""
     guard = runs_of("long-guard-6.7e-4") | runs_of("weights-guard")
     return {"Guard": guard, "`snr`, w = s": runs_of("weights-snr")}
-
-
-def weights_table():
-    return curves_table("method", weights_runs(), (10, 20), digits=4)
 
 
 def ablation_table():
@@ -149,8 +152,9 @@ def paper_table():
             changes = np.array([changes_at_equal_gain(without[seed], guarded[seed]) for seed in seeds])
             cells = [mean_and_error(list(values), sign="+") for values in changes.T]
             rows.append([f"{name}, `tiny/{model}`, {baseline}", str(len(seeds)), *cells])
-    pairs = ("gain", "with Guard", "gold", "with Guard", "gold at equal gain", "with Guard")
-    return table(["run", "seeds", *pairs], rows)
+    readings = ("gain", "gold", "gold at equal gain")
+    columns = [f"{reading}, {run}" for reading in readings for run in ("without", "Guard")]
+    return table(["run", "seeds", *columns], rows)
 
 
 def changes_at_equal_gain(*runs, last=40):
@@ -206,7 +210,8 @@ def snr_table(methods=("flow-grpo", "rationorm", "guard")):
         kind, model = sampler.split(" on ")
         rows.append([f"`{kind}` on `{model}`", *cells])
     names = {"flow-grpo": "Flow-GRPO", "rationorm": "RatioNorm", "guard": "Guard"}
-    return table(["sampler", *(x for name in methods for x in (names[name], "measured"))], rows)
+    kinds = ("predicted", "measured")
+    return table(["sampler", *(f"{names[name]}, {kind}" for name in methods for kind in kinds)], rows)
 
 
 def clip_table():
@@ -225,8 +230,8 @@ def clip_table():
         cells = ["none" if clip > 1 else f"{clip:g}", f"{outside:.0%}", f"{along:+.2f}"]
         cells += [f"{at(0.2, gain, update):.1f}", f"{at(0.2, gain, change):+.4f}"]
         rows.append([*cells, f"{at(40, update, gain):+.3f}", f"{at(40, update, change):+.4f}"])
-    columns = ["clip", "outside", "push along", "updates to +0.2", "gold there", "gain at 40", "gold at 40"]
-    return table(columns, rows)
+    readings = ["updates to a gain of 0.2", "gold then", "gain at 40", "gold then"]
+    return table(["clip", "outside", "push along", *readings], rows)
 
 
 def sides_table():
@@ -390,7 +395,7 @@ def draw_snr(path):
 
 def tables():
     return [
-        long_table(DRAWN), snr_table(), weights_table(), clip_table(), long_table(NO_CLIP), sides_table(),
+        long_table(DRAWN), snr_table(), clip_table(), no_clip_table(), sides_table(),
         tests_table(), ablation_table(), kl_table(), paper_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip

@@ -33,15 +33,16 @@ from transformers import (
 )
 
 ALL = 10**6  # more layers than any model has
-# The published configurations, as far as they differ from the defaults of the classes. `build` adds how many
-# layers the transformers have.
+# The published configurations, as far as they differ from the defaults of the classes.
 SD3 = dict(
-    sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
-    num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+    sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24,
+    dual_attention_layers=tuple(range(13)), attention_head_dim=64, num_attention_heads=24,
+    joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
     pos_embed_max_size=384, qk_norm="rms_norm")
 FLUX = dict(
-    patch_size=1, in_channels=64, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=4096,
-    pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))
+    patch_size=1, in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+    num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True,
+    axes_dims_rope=(16, 56, 56))
 VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024,

@@ -83,13 +83,13 @@ def mean_and_error(values, digits=3, sign=""):
     return text
 
 
-def curves_table(column, runs, updates, digits=3):
+def curves_table(column, runs, updates):
     """Reward and gold after some updates. runs: name -> seed -> run."""
     rows = []
     for name, found in runs.items():
         cells = [name, str(len(found))]
         for key in ("reward", "gold"):
-            cells += [mean_and_error([float(run[k][key]) for run in found.values()], digits) for k in updates]
+            cells += [mean_and_error([float(run[k][key]) for run in found.values()]) for k in updates]
         rows.append(cells)
     return table([column, "seeds", *(f"{key} {k}" for key in ("reward", "gold") for k in updates)], rows)
 

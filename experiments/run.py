@@ -48,6 +48,10 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
         (21, 22, 23),
         {f"ablation-{method}": f"{SHORT} --epochs 20 --method {method}" for method in ABLATION},
     ),
+    "shift": (  # added later
+        (21, 22, 23),
+        {"shift-mean-revised-2e-3": f"{LONG} --method mean-revised --lr 2e-3 --epochs 20"},
+    ),
     "table": (
         (21, 22, 23),
         {f"table-{task}-{model}-{method}": f"{flags} --model tiny/{model} --sde {sde} --method {method}"

@@ -126,7 +126,7 @@ def ablation_table():
 
 
 def shift_table():
-    """Flow-GRPO with and without its shift, and Guard, where the clip acts; at the seeds that all of them have."""
+    """Flow-GRPO with and without its shift, and Guard, where the clip acts; at common seeds."""
     settings = {"Flow-GRPO": "long-flow-grpo-2e-3", "`mean-revised`": "shift-mean-revised-2e-3"}
     return curves_table("method", at_common_seeds(settings | {"Guard": "long-guard-2e-3"}), (10, 20, 40))
 
@@ -401,7 +401,7 @@ def draw_snr(path):
 
 def tables():
     return [
-        long_table(DRAWN), snr_table(), clip_table(), no_clip_table(), sides_table(), shift_table(),
+        long_table(DRAWN), snr_table(), clip_table(), no_clip_table(), sides_table(),
         tests_table(), ablation_table(), kl_table(), paper_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip

@@ -100,9 +100,11 @@ def long_table(settings, updates=(20, 40, 100)):
 
 
 def no_clip_table():
-    """With a clip and without, at the seeds that all of them have."""
-    settings = [name for bare in NO_CLIP for name in (bare.removesuffix("-noclip"), bare)]
-    runs = at_common_seeds({LONG[setting][0]: f"long-{setting}" for setting in settings})
+    """With a clip and without, at the seeds that both have."""
+    runs = {}
+    for bare in NO_CLIP:
+        pair = (bare.removesuffix("-noclip"), bare)
+        runs |= at_common_seeds({LONG[setting][0]: f"long-{setting}" for setting in pair})
     return curves_table("run", runs, (20, 40, 100))
 
 

@@ -403,7 +403,7 @@ def draw_snr(path):
 
 def tables():
     return [
-        long_table(DRAWN), snr_table(), clip_table(), no_clip_table(), sides_table(),
+        long_table(DRAWN), snr_table(), clip_table(), no_clip_table(), sides_table(), shift_table(),
         tests_table(), ablation_table(), kl_table(), paper_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip

@@ -42,9 +42,9 @@ DEFAULT = [
     for model in ("sd3", "flux")
 ]
 DANCE = [
-    (f"{name}, {words} noise", f"dance-{method}-{noise}", "reward")
+    (f"{name}, {noise} noise", f"dance-{method}-{noise}", "reward")
     for name, method in (("Guard", "guard"), ("Flow-GRPO's weights", "flow-grpo"))
-    for words, noise in (("shared", "shared"), ("own", "own"))
+    for noise in ("shared", "own")
 ]
 
 

@@ -94,8 +94,8 @@ def curves_table(column, runs, updates):
     return table([column, "seeds", *(f"{key} {k}" for key in ("reward", "gold") for k in updates)], rows)
 
 
-def long_table(settings, updates=(20, 40, 100)):
-    runs = {LONG[setting][0]: runs_of(f"long-{setting}") for setting in settings}
+def long_table(updates=(20, 40, 100)):
+    runs = {LONG[setting][0]: runs_of(f"long-{setting}") for setting in DRAWN}
     return curves_table("run", runs, updates)
 
 
@@ -110,13 +110,7 @@ def no_clip_table():
 
 def readme_table():
     """The rows of the figure, for the first page."""
-    return long_table(DRAWN, (20, 100))
-
-
-def weights_runs():
-    """method -> seed -> run. The long runs of Guard begin with the same 20 updates."""
-    guard = runs_of("long-guard-6.7e-4") | runs_of("weights-guard")
-    return {"Guard": guard, "`snr`, w = s": runs_of("weights-snr")}
+    return long_table((20, 100))
 
 
 def ablation_table():
@@ -152,14 +146,13 @@ def paper_table():
     rows = []
     for task, name in (("ocr", "OCR"), ("geneval", "GenEval"), ("pickscore", "PickScore")):
         for model, baseline in (("sd3", "Flow-GRPO"), ("flux", "DanceGRPO")):
-            settings = [f"table-{task}-{model}-{method}" for method in ("flow-grpo", "guard")]
+            settings = {method: f"table-{task}-{model}-{method}" for method in ("flow-grpo", "guard")}
             if (task, model) == ("ocr", "sd3"):
-                settings = ["long-flow-grpo-2e-3", "long-guard-6.7e-4"]
-            without, guarded = (runs_of(setting) for setting in settings)
-            seeds = sorted(without.keys() & guarded.keys())
-            changes = np.array([changes_at_equal_gain(without[seed], guarded[seed]) for seed in seeds])
-            cells = [mean_and_error(list(values), sign="+") for values in changes.T]
-            rows.append([f"{name}, `tiny/{model}`, {baseline}", str(len(seeds)), *cells])
+                settings = {"flow-grpo": "long-flow-grpo-2e-3", "guard": "long-guard-6.7e-4"}
+            without, guarded = at_common_seeds(settings).values()
+            changes = [changes_at_equal_gain(without[seed], guarded[seed]) for seed in without]
+            cells = [mean_and_error(list(values), sign="+") for values in np.array(changes).T]
+            rows.append([f"{name}, `tiny/{model}`, {baseline}", str(len(changes)), *cells])
     readings = ("gain", "gold", "gold at equal gain")
     columns = [f"{reading}, {run}" for reading in readings for run in ("without", "Guard")]
     return table(["run", "seeds", *columns], rows)
@@ -182,7 +175,8 @@ def tests_table():
     slow, fast, flow_slow, flow_fast = (
         long[name] for name in ("guard-6.7e-4", "guard-2e-3", "flow-grpo-6.7e-4", "flow-grpo-2e-3")
     )
-    guard, snr = weights_runs().values()
+    guard = slow | runs_of("weights-guard")  # the long runs begin with the same 20 updates
+    snr = runs_of("weights-snr")
     pairs = [
         ("gold 100, Guard less Flow-GRPO, both 6.7e-4", slow, flow_slow, "gold", 100),
         ("gold 100, Guard less Flow-GRPO, both 2e-3", fast, flow_fast, "gold", 100),
@@ -403,7 +397,7 @@ def draw_snr(path):
 
 def tables():
     return [
-        long_table(DRAWN), snr_table(), clip_table(), no_clip_table(), sides_table(), shift_table(),
+        long_table(), snr_table(), clip_table(), no_clip_table(), sides_table(), shift_table(),
         tests_table(), ablation_table(), kl_table(), paper_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip

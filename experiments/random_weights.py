@@ -75,26 +75,26 @@ def t5_tokenizer():
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
+def cut(config, most):
+    """The configuration with at most so many layers of each kind."""
+    kinds = config.keys() & {"num_layers", "num_single_layers", "num_hidden_layers"}
+    return config | {kind: min(config[kind], most) for kind in kinds}
+
+
 def build(model, layers=ALL, encoder_layers=ALL):
     """The pipeline, in torch's default dtype and on its default device."""
-
-    def cut(config):
-        """The configuration of a text encoder with at most so many layers."""
-        key = "num_layers" if "num_layers" in config else "num_hidden_layers"
-        return config | {key: min(config[key], encoder_layers)}
-
-    dual, plain = (min(layers, count) for count in (13, 11))
-    sd3 = SD3 | dict(num_layers=dual + plain, dual_attention_layers=tuple(range(dual)))
-    double, single = (min(layers, count) for count in (19, 38))
-    flux = FLUX | dict(num_layers=double, num_single_layers=single)
-    t5 = T5EncoderModel(T5Config(**cut(T5_XXL)))
+    t5 = T5EncoderModel(T5Config(**cut(T5_XXL, encoder_layers)))
+    clip_configs = [CLIPTextConfig(**cut(config, encoder_layers)) for config in (CLIP_L, CLIP_G)]
     if model == "flux.1-dev":
         return FluxPipeline(
             FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
             AutoencoderKL(**VAE, scaling_factor=0.3611, shift_factor=0.1159),
-            CLIPTextModel(CLIPTextConfig(**cut(CLIP_L))), clip_tokenizer(), t5, t5_tokenizer(),
-            FluxTransformer2DModel(**flux))
-    clips = [CLIPTextModelWithProjection(CLIPTextConfig(**cut(config))) for config in (CLIP_L, CLIP_G)]
+            CLIPTextModel(clip_configs[0]), clip_tokenizer(), t5, t5_tokenizer(),
+            FluxTransformer2DModel(**cut(FLUX, layers)))
+    clips = [CLIPTextModelWithProjection(config) for config in clip_configs]
+    all_dual = len(SD3["dual_attention_layers"])
+    dual, plain = min(layers, all_dual), min(layers, SD3["num_layers"] - all_dual)
+    sd3 = SD3 | dict(num_layers=dual + plain, dual_attention_layers=tuple(range(dual)))
     return StableDiffusion3Pipeline(
         SD3Transformer2DModel(**sd3), FlowMatchEulerDiscreteScheduler(shift=3.0),
         AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609),

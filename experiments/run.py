@@ -18,12 +18,13 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results"
-LONG = "--task ocr --model tiny/sd3 --epochs 50 --eval_prompts 128"
+OCR = "--task ocr --model tiny/sd3 --eval_prompts 128"
+LONG = f"{OCR} --epochs 50"
 DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
-SHORT = "--task ocr --model tiny/sd3 --lr 6.7e-4 --eval_prompts 128"
+SHORT = f"{OCR} --lr 6.7e-4"
 TABLE = {task: f"--task {task} --epochs {epochs} --eval_every {every} --eval_prompts 128"  # 40 updates each
          for task, epochs, every in (("ocr", 20, 5), ("geneval", 10, 2), ("pickscore", 10, 2))}
-KL = "--task ocr --model tiny/sd3 --epochs 20 --eval_prompts 128 --kl_beta 0.1"
+KL = f"{OCR} --epochs 20 --kl_beta 0.1"
 ABLATION = ("temp-reweight", "mean-revised", "rationorm")
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
@@ -50,7 +51,7 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
     ),
     "shift": (  # added later
         (21, 22, 23),
-        {"shift-mean-revised-2e-3": f"{LONG} --method mean-revised --lr 2e-3 --epochs 20"},
+        {"shift-mean-revised-2e-3": f"{OCR} --epochs 20 --method mean-revised --lr 2e-3"},
     ),
     "table": (
         (21, 22, 23),

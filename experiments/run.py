@@ -26,6 +26,15 @@ TABLE = {task: f"--task {task} --epochs {epochs} --eval_every {every} --eval_pro
          for task, epochs, every in (("ocr", 20, 5), ("geneval", 10, 2), ("pickscore", 10, 2))}
 KL = f"{OCR} --epochs 20 --kl_beta 0.1"
 ABLATION = ("temp-reweight", "mean-revised", "rationorm")
+# Clip ranges are those at D = 512, 128 times the ranges at 65,536 by which the plan in LOG.md names them.
+TWO = f"{OCR} --lr 2e-3 --epochs 20 --eval_every 2"  # 40 updates
+EIGHT = f"{OCR} --lr 2e-3 --epochs 12 --eval_every 1 --updates_per_epoch 8"  # 96 updates
+WIDE, NARROW, GUARDS = 1.28e-2, 1.28e-3, 2.56e-4  # 1e-4, 1e-5, 2e-6
+RIVALS = {
+    "flow-grpo-1e-4": f"--method flow-grpo --clip {WIDE}",
+    "flow-grpo-1e-5": f"--method flow-grpo --clip {NARROW}",
+    "guard": f"--method guard --clip {GUARDS}",
+}
 GROUPS = {  # group -> seeds, and name of a setting -> flags
     "default": (
         (0, 1, 2),
@@ -48,6 +57,64 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
     "ablation": (
         (21, 22, 23),
         {f"ablation-{method}": f"{SHORT} --epochs 20 --method {method}" for method in ABLATION},
+    ),
+    "two": (range(31, 37), {f"two-{name}": f"{TWO} {flags}" for name, flags in RIVALS.items()}),
+    "two-variants": (
+        (31, 32, 33),
+        {
+            "two-guard-noclip": f"{TWO} --method guard --clip 1e9",
+            "two-mean-revised-1e-5": f"{TWO} --method mean-revised --clip {NARROW}",
+            "two-guard-shift": f"{TWO} --method guard-shift --clip {GUARDS}",
+            "two-guard-mask": f"{TWO} --method guard-mask",
+        },
+    ),
+    "eight": (
+        range(31, 39),
+        {
+            "eight-flow-grpo-1e-5": f"{EIGHT} --method flow-grpo --clip {NARROW}",
+            "eight-guard": f"{EIGHT} --method guard --clip {GUARDS}",
+            "eight-guard-shift": f"{EIGHT} --method guard-shift --clip {GUARDS}",
+            "eight-guard-mask": f"{EIGHT} --method guard-mask",
+        },
+    ),
+    "eight-shift": (
+        range(31, 36),
+        {"eight-mean-revised-1e-5": f"{EIGHT} --method mean-revised --clip {NARROW}"},
+    ),
+    "eight-variants": (
+        (31, 32, 33),
+        {
+            "eight-flow-mask": f"{EIGHT} --method flow-mask",
+            "eight-flow-grpo-1e-4": f"{EIGHT} --method flow-grpo --clip {WIDE}",
+            "eight-guard-5e-7": f"{EIGHT} --method guard --clip 6.4e-5",
+        },
+    ),
+    "long-narrow": (
+        (21, 22, 23),
+        {"long-flow-grpo-2e-3-1e-5": f"{LONG} --method flow-grpo --lr 2e-3 --clip {NARROW}"},
+    ),
+    "long-noclip": ((22, 23), {"long-guard-2e-3-noclip": f"{LONG} --method guard --lr 2e-3 --clip 1e9"}),
+    "long-pictures": (
+        (22,),
+        {f"long-{method}-2e-3": f"{LONG} --method {method} --lr 2e-3" for method in ("flow-grpo", "guard")},
+    ),
+    "low": (
+        (31, 32, 33),
+        {
+            "low-guard-6.7e-4": f"{OCR} --epochs 20 --eval_every 2 --method guard --lr 6.7e-4",
+            "low-flow-grpo-1.4e-3-1e-5": f"{OCR} --epochs 20 --eval_every 2 --method flow-grpo --lr 1.4e-3"
+                                         f" --clip {NARROW}",
+        },
+    ),
+    "others": (
+        (31, 32, 33),
+        {
+            f"{where}-{name}": f"--task {task} --model tiny/{model} --sde flow --lr 2e-3 --epochs {epochs}"
+                               f" --eval_every {every} --eval_prompts 128 {flags}"
+            for where, task, model, epochs, every in (("flux", "ocr", "flux", 20, 2),
+                                                      ("pickscore", "pickscore", "sd3", 10, 1))
+            for name, flags in RIVALS.items()
+        },
     ),
     "shift": (  # added later
         (21, 22, 23),
@@ -133,8 +200,9 @@ def collect():
                 since = []
         for step in range(len(later[0]["rho_mean"])):
             row = {"run": name, "step": step, "updates": len(later)}
-            for key in ("rho_mean", "rho_std", "clip_high", "clip_low", "blocked"):
-                row[key] = sum(line[key][step] for line in later) / len(later)
+            for key in ("rho_mean", "rho_std", "clip_high", "clip_low", "blocked", "moved"):
+                found = [line[key][step] for line in later if key in line]
+                row[key] = sum(found) / len(found) if found else ""
             updates.append(row)
     RESULTS.mkdir(exist_ok=True)
     write(RESULTS / "evals.csv", evaluations)

@@ -89,12 +89,8 @@ logging.getLogger("transformers.utils.import_utils").setLevel("ERROR")  # it say
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
-# The last three are tried by experiments/run.py, and gone again in the next commit: Guard with the shift kept;
-# Guard's weights, and Flow-GRPO's, with Flow-DPPO's mask in place of the clip.
-METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard",
-           "guard-shift", "guard-mask", "flow-mask")
-RATIO_NORM = ("rationorm", "guard", "guard-shift", "guard-mask")  # those with the clip range of Eq. 8
-MASK_KL = 0.655  # nats of a step: Flow-DPPO's threshold of 1e-5 (arXiv 2606.11025) times 65,536
+METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard")
+RATIO_NORM = ("rationorm", "guard")  # those with the ratio of Eq. 8
 REWARD_DEADLINE = 600  # seconds from a rank's last image to its last reward
 
 # ------------------------------------------------------------------------------------------------------------
@@ -342,8 +338,6 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
-    if method in ("guard-shift", "guard-mask"):
-        return mean(d * eps) - mean(d**2) / (2 * s)  # s times Eq. 7
     if method in RATIO_NORM:
         return mean(d * eps)  # Eq. 8
     if method == "mean-revised":
@@ -371,7 +365,7 @@ def reweighting(step: Step, eta: float, kind: str, method: str) -> float:
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
-    if method not in ("guard", "guard-shift", "guard-mask"):
+    if method != "guard":
         return 1.0
     if kind == "flow":
         return 1 / step.dt
@@ -756,7 +750,7 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
     # Dead groups are skipped, unless they have the gradient of a KL.
     learning = [group for group in group_ids if args.kl_beta or A[group].any()]
     my_slices = [piece for piece in slices if piece.numbers[0] // args.group_size in learning]
-    values = torch.zeros(5, A.numel(), len(trained), dtype=torch.float64)  # of all samples, see below
+    values = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, rho and KL of all samples
     for piece in tqdm(my_slices, desc="update", leave=False, disable=RANK > 0):
         advantage = A.flatten()[piece.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
@@ -767,11 +761,6 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
             delta = reweighting(step, args.eta, args.sde, args.method)
             clipped = rho.clamp(-args.clip, args.clip)
             loss = -delta * torch.minimum(rho * advantage, clipped * advantage)  # (B,) Eq. 12 less a constant
-            moved = (step.b * (v_new - v_old)).detach().flatten(1).square().sum(1) / (2 * step.s**2)  # nats
-            blocked = (rho.abs() > args.clip) & (rho * advantage > 0)
-            if args.method.endswith("mask"):
-                blocked = (moved >= MASK_KL) & (rho * advantage > 0)
-                loss = -delta * rho * advantage * ~blocked
             kl = torch.zeros_like(rho)
             if args.kl_beta:
                 with torch.no_grad():
@@ -782,14 +771,12 @@ def update(backbone, policy, args, schedule, slices, A, group_ids):
                 # Not weighted by delta. dt kl is the authors' mean(d²) / (2 g²): s² = g² dt, but not in cps.
                 loss = loss + args.kl_beta * step.dt * kl
             policy.scaler.scale(loss.sum() / terms).backward()
-            values[:, piece.numbers, t] = torch.stack([loss, rho, kl, moved, blocked]).detach().double().cpu()
+            values[:, piece.numbers, t] = torch.stack([loss, rho, kl]).detach().double().cpu()
     norm = policy.apply_gradients()
-    values = all_reduce(values.to(DEVICE)).cpu().unflatten(1, A.shape)  # (5, groups, G, T)
-    loss, rho, kl, moved, blocked = values[:, group_ids]
+    values = all_reduce(values.to(DEVICE)).cpu().unflatten(1, A.shape)  # (3, groups, G, T)
+    loss, rho, kl = values[:, group_ids]
     line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl.mean((0, 1)))
     line |= clip_statistics(rho, A[group_ids], args.clip)
-    live = A[group_ids].any(1)
-    line |= dict(moved=moved[live].mean((0, 1)), blocked=blocked[live].mean((0, 1)))
     # JSON has no NaN: null in its place.
     return {name: value.tolist() if value.isfinite().all() else None for name, value in line.items()}
 

@@ -684,8 +684,9 @@ def parse_args(argv=None):
         how = f"a resumed run keeps its own; --init_lora {args.resume} starts a new one from its LoRA"
         require(not other, f"--resume with another {other}: {how}")
     if args.init_lora and not args.resume:
-        args.init_lora = str(find_lora(args.init_lora))
+        args.init_lora = str(find_lora(Path(args.init_lora)))
     args.run_dir = args.resume or args.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")
+    args.run_dir = str(Path(args.run_dir).expanduser())  # a shell leaves the ~ of --run_dir=~/x
     check(args)
     return args
 
@@ -728,8 +729,8 @@ def place_of(model):
 
 def find_lora(path):
     """The file that --init_lora means: itself, the one in its folder, or the newest of a run's folder."""
-    file = max(Path(path).glob("lora-*"), default=Path(path))
-    file = file / "pytorch_lora_weights.safetensors" if file.is_dir() else file
+    folder = max(path.glob("lora-*"), default=path)
+    file = folder / "pytorch_lora_weights.safetensors" if folder.is_dir() else folder
     require(file.is_file(), f"--init_lora {path}: there is no {file}")
     return file
 
@@ -747,6 +748,9 @@ def check(args):
     require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
     require(window < args.steps, f"--sde_window {window}: expected at most {args.steps - 1}")
     require(args.sde != "cps" or args.eta <= 1, f"--eta {args.eta}: expected at most 1 with cps")
+    total = args.epochs * updates
+    moves = args.ema_decay == 0 or total == 0 or total >= 8
+    require(moves, f"--ema_decay {args.ema_decay}: moves at update 8 first; with {total} updates give 0")
     size = f"{args.height} x {args.width}"
     require(args.height % 16 == args.width % 16 == 0, f"--height, --width: {size}; expected multiples of 16")
     folder = Path(args.run_dir)
@@ -758,7 +762,9 @@ def read_prompt_sets(args):
     """(training set, held-out prompts), lists of (prompt, metadata). Raises BadInput."""
     training, held_out = rewards.prompt_files(args.prompts)
     training = rewards.read_prompts(training, [args.reward])
-    return training, rewards.read_prompts(held_out, [args.reward, *args.gold])[: args.eval_prompts]
+    held_out = rewards.read_prompts(held_out, [args.reward, *args.gold])
+    count = min(args.eval_prompts, len(held_out))  # evenly over the file, which may be sorted
+    return training, [held_out[i * len(held_out) // count] for i in range(count)]
 
 
 def load_judges(args):
@@ -882,6 +888,9 @@ def load_backbone(args):
     """The model with a LoRA that requires gradients, on DEVICE. Reads safetensors only. Raises BadInput."""
     dtypes = {"default": getattr(torch, args.dtype), "vae": torch.float32}
     place = place_of(args.model)
+    for file in Path(place).rglob("*.*"):
+        is_pointer = file.is_file() and file.stat().st_size < 200 and b"git-lfs" in file.read_bytes()
+        require(not is_pointer, f"--model {args.model}: {file} is a Git LFS pointer; run `git lfs pull`")
     pipe = diffusers.DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=dtypes)
     for name, part in pipe.components.items():  # without its files transformers makes a stub
         require("tokenizer" not in name or len(part) > 20, f"--model {args.model}: {name} has no vocabulary")
@@ -1020,6 +1029,7 @@ def main():
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers.utils.import_utils").setLevel("ERROR")
+    args = None
     try:
         args = parse_args()
         say(f"{args.method} on {args.model} ({DEVICE}): lr {args.lr:g}, clip {args.clip:g}, "
@@ -1036,13 +1046,14 @@ def main():
         print(f"guard.py: error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:
-        say(f"stopped; go on with: python guard.py --resume {args.run_dir}")
+        if args:
+            say(f"stopped; {args.run_dir}/lora-* stay; to go on: python guard.py --resume {args.run_dir}")
         os._exit(130)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # without waiting for a reward that hangs, or for the other ranks
-    say(f"{args.run_dir}: metrics.jsonl, and in lora-* the LoRA and pictures of each evaluation")
+    say(f"{args.run_dir}/lora-*: the LoRA and pictures of each evaluation; lora-000000 is before training")
     if WORLD > 1:
         dist.destroy_process_group()
 

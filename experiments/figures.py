@@ -31,21 +31,13 @@ SAMPLERS = ("flow on tiny/sd3", "cps on tiny/sd3", "flow on tiny/flux", "dance o
 PLACES = "lr 0.002, 8 updates an epoch, seed 21"
 PUSH = "guard, lr 0.00067, 2 updates an epoch, seed 21"
 PARTS = ("colour", "frame", "pattern", "content")
-DEFAULT = [
-    (f"{name}, `tiny/{model}`", f"{task}-{model}", column)
-    for name, task, column in (
-        ("OCR", "ocr", "reward"),
-        ("GenEval, partial", "geneval", "reward"),
-        ("GenEval, strict", "geneval", "geneval_strict"),
-        ("PickScore", "pickscore", "reward"),
-    )
-    for model in ("sd3", "flux")
-]
-DANCE = [
-    (f"{name}, {noise} noise", f"dance-{method}-{noise}", "reward")
-    for name, method in (("Guard", "guard"), ("Flow-GRPO's weights", "flow-grpo"))
-    for noise in ("shared", "own")
-]
+TASKS = (("OCR", "ocr", "reward"), ("GenEval, partial", "geneval", "reward"),
+         ("GenEval, strict", "geneval", "geneval_strict"), ("PickScore", "pickscore", "reward"))
+DEFAULT = [(f"{name}, `tiny/{model}`", f"{task}-{model}", column)
+           for name, task, column in TASKS for model in ("sd3", "flux")]
+DANCE = [(f"{name}, {noise} noise", f"dance-{method}-{noise}", "reward")
+         for name, method in (("Guard", "guard"), ("Flow-GRPO's weights", "flow-grpo"))
+         for noise in ("shared", "own")]
 
 
 def read(name):
@@ -83,55 +75,16 @@ def mean_and_error(values, digits=3, sign=""):
     return text
 
 
-def curves_table(column, runs, updates):
-    """Reward and gold after some updates. runs: name -> seed -> run."""
+def curves_table(column, updates, *parts):
+    """Reward and gold after some updates. parts: name -> setting; each at the seeds that all of it has."""
     rows = []
-    for name, found in runs.items():
-        cells = [name, str(len(found))]
-        for key in ("reward", "gold"):
-            cells += [mean_and_error([float(run[k][key]) for run in found.values()]) for k in updates]
-        rows.append(cells)
+    for part in parts:
+        for name, found in at_common_seeds(part).items():
+            cells = [name, str(len(found))]
+            for key in ("reward", "gold"):
+                cells += [mean_and_error([float(run[k][key]) for run in found.values()]) for k in updates]
+            rows.append(cells)
     return table([column, "seeds", *(f"{key} {k}" for key in ("reward", "gold") for k in updates)], rows)
-
-
-def long_table(updates=(20, 40, 100)):
-    runs = {LONG[setting][0]: runs_of(f"long-{setting}") for setting in DRAWN}
-    return curves_table("run", runs, updates)
-
-
-def no_clip_table():
-    """With a clip and without, at the seeds that both have."""
-    runs = {}
-    for bare in NO_CLIP:
-        pair = (bare.removesuffix("-noclip"), bare)
-        runs |= at_common_seeds({LONG[setting][0]: f"long-{setting}" for setting in pair})
-    return curves_table("run", runs, (20, 40, 100))
-
-
-def readme_table():
-    """The rows of the figure, for the first page."""
-    return long_table((20, 100))
-
-
-def ablation_table():
-    """Five methods at 6.7e-4, at the seeds that all of them have."""
-    settings = {"Flow-GRPO": "long-flow-grpo-6.7e-4"}
-    settings |= {f"`{name}`": f"ablation-{name}" for name in ("temp-reweight", "mean-revised", "rationorm")}
-    settings["Guard"] = "long-guard-6.7e-4"
-    return curves_table("method", at_common_seeds(settings), (10, 20, 40))
-
-
-def shift_table():
-    """Flow-GRPO with and without its shift, and Guard, where the clip acts; at common seeds."""
-    settings = {"Flow-GRPO": "long-flow-grpo-2e-3", "`mean-revised`": "shift-mean-revised-2e-3"}
-    return curves_table("method", at_common_seeds(settings | {"Guard": "long-guard-2e-3"}), (10, 20, 40))
-
-
-def kl_table():
-    """With and without the KL of the supplement, at the seeds that all of them have."""
-    settings = {LONG[setting][0]: f"long-{setting}" for setting in DRAWN[:2]}
-    settings |= {f"{LONG[setting][0]}, KL": f"kl-{setting}" for setting in DRAWN[:2]}
-    return curves_table("run", at_common_seeds(settings), (10, 20, 40))
 
 
 def at_common_seeds(settings):
@@ -139,6 +92,43 @@ def at_common_seeds(settings):
     runs = {name: runs_of(setting) for name, setting in settings.items()}
     seeds = sorted(set.intersection(*(set(found) for found in runs.values())))
     return {name: {seed: found[seed] for seed in seeds} for name, found in runs.items()}
+
+
+def long(*settings):
+    """name -> setting, of long runs."""
+    return {LONG[setting][0]: f"long-{setting}" for setting in settings}
+
+
+def readme_table():
+    """The rows of the figure, for the first page."""
+    return curves_table("run", (20, 100), long(*DRAWN))
+
+
+def long_table():
+    return curves_table("run", (20, 40, 100), long(*DRAWN))
+
+
+def no_clip_table():
+    pairs = [long(bare.removesuffix("-noclip"), bare) for bare in NO_CLIP]
+    return curves_table("run", (20, 40, 100), *pairs)
+
+
+def ablation_table():
+    """Five methods at 6.7e-4."""
+    ablated = {f"`{name}`": f"ablation-{name}" for name in ("temp-reweight", "mean-revised", "rationorm")}
+    ends = {"Flow-GRPO": "long-flow-grpo-6.7e-4"}, {"Guard": "long-guard-6.7e-4"}
+    return curves_table("method", (10, 20, 40), ends[0] | ablated | ends[1])
+
+
+def shift_table():
+    """Flow-GRPO with and without its shift, and Guard, where the clip acts."""
+    settings = {"Flow-GRPO": "long-flow-grpo-2e-3", "`mean-revised`": "shift-mean-revised-2e-3"}
+    return curves_table("method", (10, 20, 40), settings | {"Guard": "long-guard-2e-3"})
+
+
+def kl_table():
+    with_kl = {f"{LONG[setting][0]}, KL": f"kl-{setting}" for setting in DRAWN[:2]}
+    return curves_table("run", (10, 20, 40), long(*DRAWN[:2]) | with_kl)
 
 
 def paper_table():
@@ -151,7 +141,7 @@ def paper_table():
                 settings = {"flow-grpo": "long-flow-grpo-2e-3", "guard": "long-guard-6.7e-4"}
             without, guarded = at_common_seeds(settings).values()
             changes = [changes_at_equal_gain(without[seed], guarded[seed]) for seed in without]
-            cells = [mean_and_error(list(values), sign="+") for values in np.array(changes).T]
+            cells = [mean_and_error(values, sign="+") for values in np.array(changes).T]
             rows.append([f"{name}, `tiny/{model}`, {baseline}", str(len(changes)), *cells])
     readings = ("gain", "gold", "gold at equal gain")
     columns = [f"{reading}, {run}" for reading in readings for run in ("without", "Guard")]
@@ -171,31 +161,25 @@ def changes_at_equal_gain(*runs, last=40):
 
 def tests_table():
     """The planned comparisons: difference paired by seed, p of a t-test, and p by Holm's method."""
-    long = {setting: runs_of(f"long-{setting}") for setting in LONG}
-    slow, fast, flow_slow, flow_fast = (
-        long[name] for name in ("guard-6.7e-4", "guard-2e-3", "flow-grpo-6.7e-4", "flow-grpo-2e-3")
-    )
-    guard = slow | runs_of("weights-guard")  # the long runs begin with the same 20 updates
-    snr = runs_of("weights-snr")
+    guard, flow = ({lr: runs_of(f"long-{method}-{lr}") for lr in ("6.7e-4", "2e-3")}
+                   for method in ("guard", "flow-grpo"))
+    short = guard["6.7e-4"] | runs_of("weights-guard")  # the long runs begin with the same 20 updates
     pairs = [
-        ("gold 100, Guard less Flow-GRPO, both 6.7e-4", slow, flow_slow, "gold", 100),
-        ("gold 100, Guard less Flow-GRPO, both 2e-3", fast, flow_fast, "gold", 100),
-        ("gold 100, Guard 6.7e-4 less Flow-GRPO 2e-3", slow, flow_fast, "gold", 100),
-        ("reward 20, `snr` less Guard, both 6.7e-4", snr, guard, "reward", 20),
+        ("gold 100, Guard less Flow-GRPO, both 6.7e-4", guard["6.7e-4"], flow["6.7e-4"], "gold", 100),
+        ("gold 100, Guard less Flow-GRPO, both 2e-3", guard["2e-3"], flow["2e-3"], "gold", 100),
+        ("gold 100, Guard 6.7e-4 less Flow-GRPO 2e-3", guard["6.7e-4"], flow["2e-3"], "gold", 100),
+        ("reward 20, `snr` less Guard, both 6.7e-4", runs_of("weights-snr"), short, "reward", 20),
     ]
     rows, p_values = [], []
     for name, first, second, column, k in pairs:
         seeds = sorted(first.keys() & second.keys())
         a, b = (np.array([float(runs[seed][k][column]) for seed in seeds]) for runs in (first, second))
-        p_values.append(float(ttest_rel(a, b).pvalue) if len(seeds) > 1 else 1.0)
-        rows.append([name, str(len(seeds)), mean_and_error(list(a - b), 4, "+")])
-    order, largest = np.argsort(p_values), 0.0
-    corrected = {}
-    for rank, i in enumerate(order):
+        p_values.append(float(ttest_rel(a, b).pvalue))
+        rows.append([name, str(len(seeds)), mean_and_error(a - b, 4, "+"), f"{p_values[-1]:.3f}"])
+    largest = 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
         largest = max(largest, min(1.0, (len(pairs) - rank) * p_values[i]))
-        corrected[i] = largest
-    for i, row in enumerate(rows):
-        row += [f"{p_values[i]:.3f}", f"{corrected[i]:.3f}"]
+        rows[i].append(f"{largest:.3f}")
     return table(["planned comparison", "seeds", "difference", "p", "p, Holm"], rows)
 
 
@@ -209,29 +193,27 @@ def snr_table(methods=("flow-grpo", "rationorm", "guard")):
             predicted = float(found[name]["predicted"]) / float(found["snr"]["predicted"])
             share, error = (float(found[name][key]) for key in ("share", "share_error"))
             cells += [f"{predicted:.2f}", f"{share:.2f} ± {error:.2f}"]
-        kind, model = sampler.split(" on ")
-        rows.append([f"`{kind}` on `{model}`", *cells])
+        rows.append(["`{}` on `{}`".format(*sampler.split(" on ")), *cells])
     names = {"flow-grpo": "Flow-GRPO", "rationorm": "RatioNorm", "guard": "Guard"}
-    kinds = ("predicted", "measured")
-    return table(["sampler", *(f"{names[name]}, {kind}" for name in methods for kind in kinds)], rows)
+    columns = [f"{names[name]}, {how}" for name in methods for how in ("predicted", "measured")]
+    return table(["sampler", *columns], rows)
 
 
 def clip_table():
     """What a clip range does: second updates of one run, and how far runs with that range came."""
-    runs = {2.56e-5: "clip-2.56e-5", 7e-5: "clip-7e-5"}
-    runs |= {2.56e-4: "long-guard-6.7e-4", 1e9: "long-guard-6.7e-4-noclip"}
+    runs = {2e-7: "clip-2.56e-5", 5.4687e-7: "clip-7e-5"}  # named by their ranges at D = 512
+    runs |= {2e-6: "long-guard-6.7e-4", 1e9: "long-guard-6.7e-4-noclip"}
     rows = []
     for row in read("push"):
         clip = float(row["clip"])
-        if row["run"] != PUSH or clip not in runs:
-            continue
-        run = runs_of(runs[clip])[21]
-        update, reward, gold = (column_of(run, column) for column in ("update", "reward", "gold"))
-        gain, change = reward - reward[0], gold - gold[0]
-        outside, along = float(row["outside"]), float(row["along"])
-        cells = ["none" if clip > 1 else f"{clip:g}", f"{outside:.0%}", f"{along:+.2f}"]
-        cells += [f"{at(0.2, gain, update):.1f}", f"{at(0.2, gain, change):+.4f}"]
-        rows.append([*cells, f"{at(40, update, gain):+.3f}", f"{at(40, update, change):+.4f}"])
+        if row["run"] == PUSH and clip in runs:
+            run = runs_of(runs[clip])[21]
+            update, reward, gold = (column_of(run, column) for column in ("update", "reward", "gold"))
+            gain, change = reward - reward[0], gold - gold[0]
+            cells = ["none" if clip > 1 else f"{clip:.2g}".replace("e-0", "e-")]
+            cells += [f"{float(row['outside']):.0%}", f"{float(row['along']):+.2f}"]
+            cells += [f"{at(0.2, gain, update):.1f}", f"{at(0.2, gain, change):+.4f}"]
+            rows.append([*cells, f"{at(40, update, gain):+.3f}", f"{at(40, update, change):+.4f}"])
     readings = ["updates to a gain of 0.2", "gold then", "gain at 40", "gold then"]
     return table(["clip", "outside", "push along", *readings], rows)
 
@@ -262,7 +244,7 @@ def at(level, x, y):
 def before_and_after(runs, column):
     """Two cells, the means over runs before and after, and one, the mean change ± its standard error."""
     before, after = (np.array([column_of(run, column)[i] for run in runs.values()]) for i in (0, -1))
-    return [f"{before.mean():.3f}", f"{after.mean():.3f}", mean_and_error(list(after - before), sign="+")]
+    return [f"{before.mean():.3f}", f"{after.mean():.3f}", mean_and_error(after - before, sign="+")]
 
 
 def before_and_after_table(settings):
@@ -289,7 +271,7 @@ def parts_table():
 # Figures
 
 
-def draw_long(path):
+def draw_long():
     """Cards after 100 updates; below, reward and gold, a thin line a seed and a thick one their mean."""
     figure = plt.figure(figsize=(10, 7.6), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.1, 1))
@@ -316,8 +298,7 @@ def draw_long(path):
     axes[1].set(xlabel="updates", title="gold, which is only watched")
     axes[2].set(xlabel="reward", title="gold against reward")
     axes[1].legend(fontsize=8, loc="lower left")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def rows_of_ratio(method):
@@ -338,8 +319,8 @@ def show_range(axis, limit):
     axis.set_ylim(-limit, limit)
 
 
-def draw_ratio(path):
-    """rho = ratio - 1 of good images by denoising step, in clip ranges: median and 10 to 90 % band."""
+def draw_ratio():
+    """ratio - 1 of good images by denoising step, in clip ranges: median and 10 to 90 % band."""
     figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), sharey=True, layout="constrained")
     methods = (("flow-grpo", "Flow-GRPO", "tab:red"), ("guard", "GRPO-Guard", "tab:blue"))
     for axis, (method, name, colour) in zip(axes, methods, strict=True):
@@ -350,11 +331,10 @@ def draw_ratio(path):
     axes[0].set_ylabel("(ratio - 1) / clip of good images")
     axes[0].text(0.1, 0.75, "inside the clip range", fontsize=8, va="center")
     axes[0].text(0.1, 6, "good images are to be blocked here", fontsize=8, va="center")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
-def draw_places(path):
+def draw_places():
     """The last step by an update's place in its epoch; and the shift beside sqrt(KL/2)."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     methods = (("flow-grpo", "Flow-GRPO"), ("mean-revised", "mean-revised"))
@@ -372,11 +352,10 @@ def draw_places(path):
     axes[2].plot(foretold, [-float(row["shift"]) for row in rows], ".", color="tab:red")
     axes[2].plot([0, foretold.max()], [0, foretold.max()], "k-", lw=0.8)
     axes[2].set(xlabel="sqrt(KL/2)", title="left shift, in standard deviations")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
-def draw_snr(path):
+def draw_snr():
     """Each step's signal-to-noise ratio, measured, and a line proportional to s."""
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
     for axis, sampler in zip(axes, SAMPLERS, strict=True):
@@ -391,8 +370,7 @@ def draw_snr(path):
         axis.set(title=sampler, xlabel="denoising step")
     axes[0].set_ylabel("signal-to-noise ratio of a group")
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 def tables():
@@ -404,8 +382,10 @@ def tables():
 
 
 def main(folder=HERE / "figures"):
-    for name, draw in dict(long=draw_long, ratio=draw_ratio, places=draw_places, snr=draw_snr).items():
-        draw(folder / f"{name}.png")
+    for draw, dpi in ((draw_long, 110), (draw_ratio, 150), (draw_places, 130), (draw_snr, 120)):
+        figure = draw()
+        figure.savefig(folder / f"{draw.__name__.removeprefix('draw_')}.png", dpi=dpi)
+        plt.close(figure)
     print(*tables(), sep="\n\n")
 
 

@@ -20,25 +20,24 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import guard
-import rewards
 from experiments.run import RESULTS, write
 
 
 def gradients(args):
     """(groups, T, parameters) gradients of mean(A mean(v eps)), and the T trained steps."""
     backbone = guard.load_backbone(args)
-    params = guard.Policy(backbone, args).params
-    scorer = guard.Scorer([args.reward])
+    params = guard.Learner(backbone, args).params
     schedule = guard.make_schedule(backbone.sigmas(args.steps), args.eta, args.sde)
-    prompts = rewards.read_prompts(rewards.prompt_files(args.prompts)[0])
-    chosen = guard.prompts_of_epoch(args, 0, prompts)
-    slices = guard.rollout(backbone, args, schedule, chosen, args.group_size, 0, scorer, 1)
-    A = guard.advantages(scorer.collect(slices, args.groups * args.group_size)[0].view(args.groups, -1))
+    prompts = guard.prompts_of_epoch(args, 0, guard.read_prompt_sets(args)[0])
+    judges = guard.load_judges(args)[:1]
+    batches = guard.rollout(backbone, args, schedule, prompts, args.group_size, 0, judges)
+    A = guard.advantages(guard.collect(batches, 1, args.groups * args.group_size).view(args.groups, -1))
     trained = [step for step in schedule if step.s > 0]
     rows = []
-    for piece, advantage in zip(tqdm(slices, desc="gradients"), A.float(), strict=True):  # a slice is a group
-        for (x, _, eps), step in zip(piece.kept, trained, strict=True):
-            v = backbone.velocity(x, step.sigma, piece.embeddings)
+    # A batch is a group.
+    for batch, advantage in zip(tqdm(batches, desc="gradients"), A.float(), strict=True):
+        for (x, _, eps), step in zip(batch.kept, trained, strict=True):
+            v = backbone.velocity(x, step.sigma, batch.embeddings)
             found = torch.autograd.grad((advantage * guard.mean(v * eps)).mean(), params)
             rows.append(torch.cat([gradient.flatten() for gradient in found]))
     return torch.stack(rows).unflatten(0, (args.groups, len(trained))), trained
@@ -62,7 +61,8 @@ def with_error(statistic, products):
 
 
 def main():
-    args = guard.parse_args([*sys.argv[1:], "--updates_per_epoch", "1", "--micro_batch", "16"])
+    args = guard.parse_args([*sys.argv[1:], "--updates_per_epoch", "1"])
+    args.micro_batch = args.group_size
     found, trained = gradients(args)
     products = torch.einsum("itp,jup->ijtu", found, found).double().numpy()
     T = len(trained)
@@ -76,11 +76,9 @@ def main():
         share, share_error = with_error(
             lambda part, w=w: signal_to_noise(part, w) / signal_to_noise(part, s), products
         )
-        predicted = (w * s).sum() / np.sqrt((w**2).sum())
-        run = f"{args.sde} on {args.model}, seed {args.seed}"
-        values = dict(predicted=predicted, measured=measured, error=error)
-        values |= dict(share=share, share_error=share_error)
-        about = dict(run=run, groups=args.groups, weights=name)
+        values = dict(predicted=(w * s).sum() / np.sqrt((w**2).sum()), measured=measured, error=error,
+                      share=share, share_error=share_error)
+        about = dict(run=f"{args.sde} on {args.model}, seed {args.seed}", groups=args.groups, weights=name)
         rows.append(about | {key: float(value) for key, value in values.items()})
     write(RESULTS / "snr.csv", rows)
 

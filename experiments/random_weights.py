@@ -1,7 +1,8 @@
 """A diffusers folder with the true sizes of a full-size model and random weights, to measure guard.py with.
 
     python experiments/random_weights.py sd3.5-medium FOLDER
-    python guard.py --model FOLDER --reward experiments.random_weights:load_brightness --epochs 1
+    few="--epochs 1 --ema_decay 0 --groups 2 --group_size 8 --eval_prompts 8"
+    python guard.py --model FOLDER --reward experiments.random_weights:load_brightness $few
 
 Its pictures are noise, but memory and seconds are those of the real model. The reward is one that noise can
 earn: groups without any difference in reward would not be trained on. SD3.5-M takes 16 GB of disk and
@@ -12,25 +13,10 @@ double and single in FLUX.1-dev. `--encoder_layers N` keeps N layers of every te
 
 import argparse
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+import transformers
 
 ALL = 10**6  # more layers than any model has
 # The published configurations, as far as they differ from the defaults of the classes.
@@ -66,13 +52,13 @@ def load_brightness():
 def clip_tokenizer():
     letters = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))]
     vocab = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: i for i, token in enumerate(vocab)}, [], model_max_length=77)
+    return transformers.CLIPTokenizer({token: i for i, token in enumerate(vocab)}, [], model_max_length=77)
 
 
 def t5_tokenizer():
     letters = [("▁", -3.0), *((chr(code), -4.0) for code in range(33, 127))]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
 def cut(config, most):
@@ -83,21 +69,21 @@ def cut(config, most):
 
 def build(model, layers=ALL, encoder_layers=ALL):
     """The pipeline, in torch's default dtype and on its default device."""
-    t5 = T5EncoderModel(T5Config(**cut(T5_XXL, encoder_layers)))
-    clip_configs = [CLIPTextConfig(**cut(config, encoder_layers)) for config in (CLIP_L, CLIP_G)]
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**cut(T5_XXL, encoder_layers)))
+    clip_configs = [transformers.CLIPTextConfig(**cut(config, encoder_layers)) for config in (CLIP_L, CLIP_G)]
     if model == "flux.1-dev":
-        return FluxPipeline(
-            FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
-            AutoencoderKL(**VAE, scaling_factor=0.3611, shift_factor=0.1159),
-            CLIPTextModel(clip_configs[0]), clip_tokenizer(), t5, t5_tokenizer(),
-            FluxTransformer2DModel(**cut(FLUX, layers)))
-    clips = [CLIPTextModelWithProjection(config) for config in clip_configs]
+        return diffusers.FluxPipeline(
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC),
+            diffusers.AutoencoderKL(**VAE, scaling_factor=0.3611, shift_factor=0.1159),
+            transformers.CLIPTextModel(clip_configs[0]), clip_tokenizer(), t5, t5_tokenizer(),
+            diffusers.FluxTransformer2DModel(**cut(FLUX, layers)))
+    clips = [transformers.CLIPTextModelWithProjection(config) for config in clip_configs]
     all_dual = len(SD3["dual_attention_layers"])
     dual, plain = min(layers, all_dual), min(layers, SD3["num_layers"] - all_dual)
     sd3 = SD3 | dict(num_layers=dual + plain, dual_attention_layers=tuple(range(dual)))
-    return StableDiffusion3Pipeline(
-        SD3Transformer2DModel(**sd3), FlowMatchEulerDiscreteScheduler(shift=3.0),
-        AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609),
+    return diffusers.StableDiffusion3Pipeline(
+        diffusers.SD3Transformer2DModel(**sd3), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.AutoencoderKL(**VAE, scaling_factor=1.5305, shift_factor=0.0609),
         clips[0], clip_tokenizer(), clips[1], clip_tokenizer(), t5, t5_tokenizer())
 
 

@@ -1,15 +1,18 @@
-"""experiments/: the figures and tables come from the CSVs, and the two tools do what they say."""
+"""experiments/: the figures and tables come from the CSVs, and the scripts read what guard.py writes."""
 
-import json
-import subprocess
-import sys
+import csv
+import itertools
+import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 
-from experiments import figures, plot, random_weights, snr
+import guard
+from experiments import figures, plot, random_weights, ratio, run, snr
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -39,40 +42,55 @@ def test_signal_to_noise_is_that_of_the_gradients():
     assert abs(ratio - true) < 3 * error and 0.03 < error < 0.15
 
 
-def write_run(folder):
-    """A run of three epochs, in whose last one no sample was live."""
-    folder.mkdir()
-    lines = [dict(kind="start"), dict(kind="eval", update=0, reward=0.5, gold=dict(cards=0.9))]
-    for epoch in range(3):
-        lines.append(dict(kind="rollout", epoch=epoch, reward_mean=0.5 + epoch / 10))
-        for first in (True, False):
-            rows = [0.0, 0.0] if first else [1e-5, -2e-5]
-            rows = rows if epoch < 2 else None
-            update = dict(kind="update", epoch=epoch, update=2 * epoch + 2 - first, first=first)
-            lines.append(update | dict(rho_mean=rows, rho_std=rows, blocked=rows))
-    lines.append(dict(kind="eval", update=6, reward=0.7, gold=dict(cards=0.8)))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    args = dict(clip=1e-5, method="guard", updates_per_epoch=2)
-    (folder / "config.json").write_text(json.dumps(args))
-    return lines
+def test_kl_and_shift_are_found_in_the_log_ratios():
+    """Of samples whose velocity has moved by a KL of 2 nats, so Eq. 7 is 1 = sqrt(KL/2) to the left."""
+    D, s, b = 256, 0.3, -0.1
+    d = torch.randn(4000, D)
+    d *= s * 2 / d.norm(dim=1, keepdim=True)  # sum(d²) / (2 s²) = 2
+    for method in guard.METHODS:
+        log_ratio = guard.log_ratio(d / b, torch.zeros(()), torch.randn(d.shape), b, s, method)
+        kl, shift = ratio.kl_and_shift(log_ratio.numpy(), D, s, method)
+        assert abs(kl - 2) < 0.3
+        assert abs(shift - (-1 if method in ("flow-grpo", "temp-reweight") else 0)) < 0.1
 
 
-def plot_of(folder, *runs):
-    command = [sys.executable, HERE / "experiments" / "plot.py", *runs]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the run a-s0, three epochs by ratio.py, and results of ratio.py and of `run.collect`."""
+    folder = tmp_path_factory.mktemp("made")
+    flags = "--model tiny/sd3 --reward experiments.random_weights:load_brightness --epochs 3 --eval_every 3"
+    flags += " --groups 2 --group_size 4 --micro_batch 4 --steps 3 --eval_steps 2 --eval_prompts 4"
+    with patch.object(ratio, "RESULTS", folder), patch.multiple(run, RUNS=folder, RESULTS=folder):
+        ratio.main(f"{flags} --run_dir {folder}/a-s0".split())
+        assert run.is_done("a-s0") and not run.is_done("b-s0")
+        assert [card.size for card in run.pictures("a-s0", -1, 64)] == [(64, 32)] * 4
+        run.collect()
+    return folder
 
 
-def test_plot_draws_one_run_and_several(tmp_path):
-    lines = write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    assert plot.later_updates(lines, "rho_mean").tolist() == [[1e-5, -2e-5]] * 2
-    assert plot_of(tmp_path, "a").stdout == "a/plot.png\n" and (tmp_path / "a" / "plot.png").exists()
-    assert plot_of(tmp_path, "a", "b").stdout == "plot.png\n" and (tmp_path / "plot.png").exists()
+def test_runs_become_rows(made):
+    names = ("evals", "updates", "ratio", "push")
+    rows = {name: list(csv.DictReader((made / f"{name}.csv").open())) for name in names}
+    assert [(row["run"], row["update"], row["clip"]) for row in rows["evals"]] == [
+        ("a-s0", "0", "2e-06"), ("a-s0", "6", "2e-06")]
+    assert [(row["step"], row["updates"]) for row in rows["updates"]] == [("0", "3"), ("1", "3")]
+    about = [(row["place"], row["step"], row["samples"]) for row in rows["ratio"]]
+    assert about == list(itertools.product("01", "01", ("good", "bad")))
+    assert sum(int(row["count"]) for row in rows["ratio"]) == 16  # two places and steps, a group of 4 each
+    shares = [float(row["outside"]) for row in rows["push"]]
+    assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1] == 0
 
 
-def test_plot_refuses_a_folder_that_is_no_run(tmp_path):
-    refused = plot_of(tmp_path, ".")
-    assert refused.returncode and "metrics.jsonl" in refused.stderr and refused.stderr.count("\n") == 1
+def test_plot_draws_one_run_and_several(made, tmp_path, capsys):
+    one, other = (shutil.copytree(made / "a-s0", tmp_path / name) for name in ("one", "other"))
+    shutil.rmtree(other / "lora-000006")  # with one evaluation there is no before and after
+    expected = ([one], ["plot", "before_after"]), ([other], ["plot"]), ([one, other], ["one-and-other"])
+    for runs, files in expected:
+        plot.main(list(map(str, runs)))
+        assert capsys.readouterr().out.split() == [f"{runs[0]}/{file}.png" for file in files]
+        assert all((runs[0] / f"{file}.png").exists() for file in files)
+    with pytest.raises(SystemExit, match=r"^\S+: no metrics.jsonl, .*$"):
+        plot.main([str(tmp_path)])
 
 
 def test_random_weights_have_the_true_sizes():
@@ -85,12 +103,9 @@ def test_random_weights_have_the_true_sizes():
 
 def test_random_weights_make_a_folder_that_diffusers_draws_with(tmp_path, monkeypatch):
     smaller = dict(  # so that it takes seconds and little disk
-        T5_XXL=dict(d_ff=8, num_heads=2, vocab_size=100),
-        CLIP_L=dict(vocab_size=600),
-        CLIP_G=dict(vocab_size=600),
-        VAE=dict(block_out_channels=(32,) * 4),
-        SD3=dict(pos_embed_max_size=8, num_attention_heads=2, caption_projection_dim=128),
-    )
+        T5_XXL=dict(d_ff=8, num_heads=2, vocab_size=100), CLIP_L=dict(vocab_size=600),
+        CLIP_G=dict(vocab_size=600), VAE=dict(block_out_channels=(32,) * 4),
+        SD3=dict(pos_embed_max_size=8, num_attention_heads=2, caption_projection_dim=128))
     for name, change in smaller.items():
         monkeypatch.setattr(random_weights, name, getattr(random_weights, name) | change)
     random_weights.build("sd3.5-medium", layers=1, encoder_layers=3).save_pretrained(tmp_path)

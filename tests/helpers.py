@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent.parent
@@ -21,6 +23,12 @@ FORKS.set_forkserver_preload([
     "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "transformers.models.clip.modeling_clip", "transformers.models.t5.modeling_t5",
 ])
+Done = namedtuple("Done", "codes out errors")
+
+
+def load_brightness():
+    """A reward that is never the same for two pictures, so that no group is dead."""
+    return lambda images, prompts, metadata: [np.asarray(image).mean() / 255 for image in images]
 
 
 def be_guard(arguments, output, environment, prepare):
@@ -36,32 +44,28 @@ def be_guard(arguments, output, environment, prepare):
     importlib.import_module("guard").main()
 
 
-def start(arguments, output, prepare=None, ranks=1):
-    """Start guard.py in so many processes, as torchrun does. They print to OUTPUT-RANK.out and .err."""
+def run(folder, arguments="", prepare=None, ranks=1):
+    """guard.py to its end in so many processes, as torchrun starts them. A folder that is there is resumed.
+
+    Returns all exit codes; what the first process printed; the last one's lines of stderr.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
+    arguments = f"{'--resume' if folder.exists() else '--run_dir'} {folder} {arguments}"
     processes = []
     for rank in map(str, range(ranks)):
         environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
         environment |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        given = (arguments, f"{output}-{rank}", environment, prepare)
+        given = (arguments, f"{folder}-{rank}", environment, prepare)
         processes.append(FORKS.Process(target=be_guard, args=given, daemon=True))
         processes[-1].start()
-    return processes
-
-
-def run(arguments, output, prepare=None):
-    """guard.py to its end. Returns its exit code and the lines of stderr without progress bars."""
-    (process,) = start(arguments, output, prepare)
-    process.join(300)
-    return process.exitcode, errors(f"{output}-0.err")
-
-
-def errors(file):
-    """Lines of stderr but for progress bars, which write over themselves."""
-    text = Path(file).read_text().replace("\x1b[A", "")
-    lines = [line.split("\r")[-1].strip() for line in text.split("\n")]
-    return [line for line in lines if line and "%|" not in line]
+    for process in processes:
+        process.join(300)
+    out, err = Path(f"{folder}-0.out").read_text(), Path(f"{folder}-{ranks - 1}.err").read_text()
+    # Progress bars write over themselves.
+    lines = [line.split("\r")[-1].strip() for line in err.replace("\x1b[A", "").split("\n")]
+    errors = [line for line in lines if line and "%|" not in line]
+    return Done([process.exitcode for process in processes], out, errors)
 
 
 def lines_of(folder, *kinds):
@@ -70,5 +74,5 @@ def lines_of(folder, *kinds):
     return [line | {"seconds": None} for line in lines if line["kind"] in kinds]
 
 
-def state_of(folder, updates):
-    return torch.load(folder / f"checkpoint-{updates:06d}" / "state.pt", weights_only=True)
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,5 +1,6 @@
-"""SD3.5-M and FLUX.1-dev at their true sizes, without weights; pictures of diffusers; the optimizer."""
+"""SD3.5-M and FLUX.1-dev at true size, without weights; pictures of diffusers; LoRAs; the optimizer."""
 
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,15 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from helpers import HERE
+from safetensors.torch import load_file, save_file
 
 import guard
 from experiments.random_weights import DYNAMIC, FLUX, SD3
+from rewards import BadInput
 
 # ------------------------------------------------------------------------------------------------------------
 # True sizes
@@ -33,19 +37,15 @@ def test_the_lora_has_as_many_parameters_as_the_papers(kind, config, count):
     assert not any("attn2" in name for name in trained)
 
 
-@pytest.mark.parametrize("kind, more, steps", [
-    (guard.SD3, {}, 10), (guard.SD3, {}, 40), (guard.Flux, DYNAMIC, 6), (guard.Flux, DYNAMIC, 28)])
+@pytest.mark.parametrize("kind, more, steps", [(guard.SD3, {}, 10), (guard.Flux, DYNAMIC, 6)])
 def test_noise_levels_are_those_of_the_pipelines_of_diffusers(kind, more, steps):
     """At 512 x 512, which is 1024 tokens."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, **more)
     backbone = kind.__new__(kind)
     backbone.pipe, backbone.shape = SimpleNamespace(scheduler=scheduler), (16, 64, 64)
     ours, theirs = backbone.sigmas(steps), FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    if more:
-        mu = calculate_shift(1024, 256, 4096, 0.5, 1.15)
-        retrieve_timesteps(theirs, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    else:
-        retrieve_timesteps(theirs, steps, "cpu")
+    shifted = dict(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(1024, 256, 4096, 0.5, 1.15))
+    retrieve_timesteps(theirs, steps, "cpu", **(shifted if more else {}))
     assert ours == theirs.sigmas.tolist()
     assert ours[0] == 1 and ours[-1] == 0 and len(ours) == steps + 1
 
@@ -53,134 +53,159 @@ def test_noise_levels_are_those_of_the_pipelines_of_diffusers(kind, more, steps)
 # ------------------------------------------------------------------------------------------------------------
 # Against the pipelines of diffusers
 
-
-def load(model, guidance):
-    flags = f"--model {HERE}/tiny/{model} --gold none --guidance {guidance}"
-    return guard.load_backbone(guard.parse_args(flags.split()))
+PROMPTS = (HERE / "prompts/cards/test.txt").read_text().splitlines()[:2]
 
 
-def draw(backbone, prompts):
-    """By the ODE sampler: images and the noise that they were drawn from."""
-    keys = [(0, guard.EVALUATION, i, 0) for i in range(len(prompts))]
-    embeddings = backbone.encode(set(prompts))
+def load(model="sd3", more=""):
+    args = guard.parse_args(f"--model tiny/{model} --gold none {more}".split())
+    return guard.load_backbone(args), args
+
+
+def draw(backbone, args):
+    """By the ODE sampler: images, and the noise that they were drawn from."""
     schedule = guard.make_schedule(backbone.sigmas(6), 0.0, "flow")
-    x, kept = guard.sample(backbone, schedule, [embeddings[prompt] for prompt in prompts], keys)
-    assert kept == []
-    noise = [guard.rng(*key, 0).standard_normal(backbone.shape, np.float32) for key in keys]
-    return backbone.decode(x), torch.from_numpy(np.stack(noise))
+    prompts = [(prompt, {}) for prompt in PROMPTS]
+    (batch,) = guard.rollout(backbone, args, schedule, prompts, 1, guard.EVALUATION, [])
+    keys = [(0, guard.EVALUATION, i, 0, 0) for i in range(2)]
+    noise = [guard.rng(*key).standard_normal(backbone.shape, np.float32) for key in keys]
+    return batch.images, torch.from_numpy(np.stack(noise))
 
 
-def draw_by_pipeline(backbone, prompts, guidance, latents):
-    backbone.pipe.set_progress_bar_config(disable=True)
-    tokenizer = backbone.pipe.tokenizer_2 if isinstance(backbone, guard.Flux) else backbone.pipe.tokenizer_3
-    return backbone.pipe(
-        prompts, height=32, width=64, num_inference_steps=6, guidance_scale=guidance, latents=latents,
-        max_sequence_length=tokenizer.model_max_length).images
-
-
-def difference(ours, theirs):
-    """The largest, in levels of 256."""
-    pairs = zip(ours, theirs, strict=True)
-    return max(np.abs(np.array(one, int) - np.array(other, int)).max() for one, other in pairs)
-
-
-PROMPTS = [line for line in (HERE / "prompts/cards/test.txt").read_text().splitlines() if line][:2]
+def difference(ours, pipe, guidance, latents, tokens):
+    """From what the pipeline draws: the largest, in levels of 256."""
+    pipe.set_progress_bar_config(disable=True)
+    size = dict(height=32, width=64, num_inference_steps=6, max_sequence_length=tokens)
+    theirs = pipe(PROMPTS, latents=latents, guidance_scale=guidance, **size).images
+    return np.abs(np.stack(ours).astype(int) - np.stack(theirs).astype(int)).max()
 
 
 def test_sd3_with_guidance_draws_what_diffusers_draws():
-    backbone = load("sd3", 4.5)
-    ours, noise = draw(backbone, PROMPTS)
-    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 4.5, noise)) <= 1
-    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 1.0, noise)) > 10
+    backbone, args = load("sd3", "--guidance 4.5")
+    images, noise = draw(backbone, args)
+    assert difference(images, backbone.pipe, 4.5, noise, 18) <= 1
+    assert difference(images, backbone.pipe, 1.0, noise, 18) > 10
 
 
 def test_flux_draws_what_diffusers_draws_with_guidance_inside_and_without():
     """FLUX.1-schnell's transformer has no input for it."""
-    backbone = load("flux", 3.5)
-    ours, noise = draw(backbone, PROMPTS)
+    backbone, args = load("flux", "--guidance 3.5")
+    length = backbone.pipe.tokenizer_2.model_max_length
+    images, noise = draw(backbone, args)
     packed = FluxPipeline._pack_latents(noise, 2, *backbone.shape)
-    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 3.5, packed)) <= 1
-    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 20.0, packed)) > 1
-    config = dict(backbone.transformer.config) | dict(guidance_embeds=False)
-    schnell = FluxTransformer2DModel.from_config(config)
-    schnell.load_state_dict(load("flux", 3.5).pipe.transformer.state_dict(), strict=False)
+    assert difference(images, backbone.pipe, 3.5, packed, length) <= 1
+    assert difference(images, backbone.pipe, 20.0, packed, length) > 1
+    with_guidance = FluxTransformer2DModel.from_pretrained(HERE / "tiny/flux/transformer")
+    schnell = FluxTransformer2DModel.from_config(dict(with_guidance.config) | dict(guidance_embeds=False))
+    schnell.load_state_dict(with_guidance.state_dict(), strict=False)
     backbone.transformer = backbone.pipe.transformer = schnell
-    ours, _ = draw(backbone, PROMPTS)
-    assert difference(ours, draw_by_pipeline(backbone, PROMPTS, 3.5, packed)) <= 1
+    assert difference(draw(backbone, args)[0], backbone.pipe, 3.5, packed, length) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRAs, and a model that is not whole
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """Folder of a LoRA that diffusers has saved, with ranks and scales of its own; the model with it."""
+    folder = tmp_path_factory.mktemp("lora")
+    transformer = SD3Transformer2DModel.from_pretrained(HERE / "tiny/sd3/transformer")
+    some, others = "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_q"
+    transformer.add_adapter(peft.LoraConfig(
+        r=4, lora_alpha=8, use_rslora=True, alpha_pattern={some: 32}, rank_pattern={others: 2},
+        lora_dropout=0.5, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder, peft.get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict())
+    return folder, transformer.eval()
+
+
+def test_a_lora_to_start_from_keeps_its_rank_and_scaling(lora, tmp_path):
+    """The same velocities, without its dropout; and again once guard.py has saved it."""
+    folder, transformer = lora
+    velocities = []
+    for place in (folder, tmp_path):
+        backbone, _ = load("sd3", f"--init_lora {place}")
+        embeddings = backbone.encode(PROMPTS[:1])[PROMPTS[0]]
+        torch.manual_seed(0)
+        x = torch.randn(1, *backbone.shape)
+        velocities.append(backbone.velocity(x, 0.5, embeddings))
+        guard.save_lora(backbone, tmp_path)
+    backbone.transformer = transformer
+    expected = backbone.velocity(x, 0.5, embeddings)
+    assert torch.equal(velocities[0], expected)
+    torch.testing.assert_close(velocities[1], expected)
+    transformer.disable_adapters()
+    assert (backbone.velocity(x, 0.5, embeddings) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_lora_learns_in_float32_whatever_the_model_is_in(dtype, lora):
+    for more in ("", f"--init_lora {lora[0]}"):
+        backbone, args = load("sd3", f"--dtype {dtype} {more}")
+        transformer = backbone.transformer
+        assert {p.dtype for p in guard.Learner(backbone, args).params} == {torch.float32}
+        assert {p.dtype for p in transformer.parameters() if not p.requires_grad} == {getattr(torch, dtype)}
+
+
+def test_a_lora_of_another_model_or_with_nan_is_one_line(lora, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    weights = load_file(lora[0] / "pytorch_lora_weights.safetensors")
+    for changed in (
+        {name: weight * torch.nan for name, weight in weights.items()},
+        {name.replace("blocks.0", "blocks.99"): weight for name, weight in weights.items()},
+        {name: weight[:, :2].contiguous() for name, weight in weights.items()},
+        {},
+    ):
+        save_file(changed, file, {"format": "pt"})
+        with pytest.raises(BadInput, match=f"^--init_lora {file}: .*expected the safetensors of a LoRA"):
+            load("sd3", f"--init_lora {file}")
+
+
+def test_a_model_without_a_vocabulary_is_one_line(tmp_path):
+    shutil.copytree(HERE / "tiny/sd3", tmp_path / "sd3", ignore=shutil.ignore_patterns("tokenizer.json"))
+    with pytest.raises(BadInput, match="tokenizer.* has no vocabulary"):
+        guard.load_backbone(guard.parse_args(["--model", str(tmp_path / "sd3"), "--gold", "none"]))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The optimizer, on a model of four numbers
 
 
-@pytest.fixture
-def make_policy():
-    def make_policy(**settings):
-        transformer = torch.nn.Linear(4, 1, bias=False)
-        transformer.weight.data = torch.tensor([[10.0, -20.0, 30.0, 40.0]])
-        return guard.Policy(SimpleNamespace(transformer=transformer), guard.Args(**settings))
-
-    return make_policy
+def make_learner(**settings):
+    transformer = torch.nn.Linear(4, 1, bias=False)
+    transformer.weight.data = torch.tensor([[10.0, -20.0, 30.0, 40.0]])
+    return guard.Learner(SimpleNamespace(transformer=transformer), guard.Args(lr=0.1, **settings))
 
 
-def test_an_update_is_a_step_of_adamw_with_the_gradients_norm_cut_to_1(make_policy):
-    policy = make_policy(lr=0.1, dtype="float32")
-    (weight,) = policy.params
+def test_an_update_is_a_step_of_adamw_with_the_gradients_norm_cut_to_1():
+    learner = make_learner(dtype="float32")
+    (weight,) = learner.params
     before, gradient = weight.detach().clone(), torch.tensor([[3.0, 0.0, -4.0, 0.0]])
     weight.grad.copy_(gradient)
-    assert policy.apply_gradients() == 5  # the norm before it is cut
+    assert learner.apply_gradients() == 5  # the norm before it is cut
     cut = gradient / 5
     # AdamW's first step: weight decay of 1e-4, then lr times the gradient's sign.
     torch.testing.assert_close(weight.detach(), before * (1 - 0.1 * 1e-4) - 0.1 * cut.sign())
-    torch.testing.assert_close(policy.optimizer.state[weight]["exp_avg"], 0.1 * cut)
-    torch.testing.assert_close(policy.optimizer.state[weight]["exp_avg_sq"], 0.001 * cut**2)
+    torch.testing.assert_close(learner.optimizer.state[weight]["exp_avg"], 0.1 * cut)
+    torch.testing.assert_close(learner.optimizer.state[weight]["exp_avg_sq"], 0.001 * cut**2)
     assert not weight.grad.any()
     weight.grad.copy_(gradient / 50)
-    policy.apply_gradients()  # a norm of 0.1 stays as it is
-    torch.testing.assert_close(policy.optimizer.state[weight]["exp_avg"], 0.09 * cut + 0.1 * gradient / 50)
-
-
-def test_in_float16_a_gradient_that_overflows_is_skipped_and_the_scale_halved(make_policy):
-    policy = make_policy(dtype="float16")  # as on a rank that has made no backward pass
-    (weight,) = policy.params
-    before = weight.detach().clone()
-    for value, factor in ((float("inf"), 0.5), (float("nan"), 0.25), (1.0, 0.25)):
-        weight.grad.fill_(value)
-        policy.apply_gradients()
-        assert policy.scaler.get_scale() == 2.0**24 * factor
-        assert torch.equal(weight, before) == (value != 1)
-        assert not weight.grad.any()
-
-
-def test_the_scale_changes_no_gradient(make_policy):
-    policy = make_policy(dtype="float16", lr=0.1)
-    (weight,) = policy.params
-    policy.scaler.scale((weight * torch.tensor([[0.03, 0.0, -0.04, 0.0]])).sum()).backward()
-    assert policy.apply_gradients() == pytest.approx(0.05)
-
-
-def test_in_float32_a_gradient_that_is_not_finite_ends_the_run(make_policy):
-    policy = make_policy(dtype="float32")
-    policy.params[0].grad.fill_(float("nan"))
+    learner.apply_gradients()  # a norm of 0.1 stays as it is
+    torch.testing.assert_close(learner.optimizer.state[weight]["exp_avg"], 0.09 * cut + 0.1 * gradient / 50)
+    weight.grad.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="non-finite"):
-        policy.apply_gradients()
+        learner.apply_gradients()
 
 
-def test_the_moving_average_moves_at_every_eighth_update(make_policy):
-    """By 1 - min(0.9, 9/18) at the 8th, by 1 - min(0.9, 17/26) at the 16th."""
-    policy = make_policy()
-    (weight,) = policy.params
-    start = weight.detach().clone()
-    for updates in range(1, 18):
-        weight.data = start + updates
-        policy.update_average(updates, 0.9)
-        if updates == 9:
-            torch.testing.assert_close(policy.average, start[0] + 8 * 0.5)
-    torch.testing.assert_close(policy.average, start[0] + 4 + (16 - 4) * (1 - 17 / 26))
-    policy.update_average(1000, 0.9)
-    torch.testing.assert_close(policy.average, 0.9 * (start[0] + 4 + 12 * 9 / 26) + 0.1 * (start[0] + 17))
-    policy.update_average(1001, 0.0)  # no average
-    assert torch.equal(policy.average, weight[0])
-    weight.data = start
-    policy.swap_average()
-    assert torch.equal(weight, start + 17) and torch.equal(policy.average, start[0])
+def test_in_float16_an_update_that_overflows_is_skipped_and_the_scale_halved():
+    """The scale changes no gradient."""
+    learner = make_learner(dtype="float16")  # as on a rank that has made no backward pass
+    (weight,) = learner.params
+    before = weight.detach().clone()
+    weight.grad.fill_(torch.inf)
+    learner.apply_gradients()
+    assert torch.equal(weight, before) and learner.scaler.get_scale() == 2.0**23 and not weight.grad.any()
+    learner.scaler.scale((weight * torch.tensor([[0.03, 0.0, -0.04, 0.0]])).sum()).backward()
+    assert learner.apply_gradients() == pytest.approx(0.05)
+    assert not torch.equal(weight, before) and learner.scaler.get_scale() == 2.0**23

@@ -1,108 +1,107 @@
-"""What the command line becomes: presets, the clip rule, bad input in one line."""
+"""What the command line becomes: the paper's settings, the rows of a model, bad input in one line."""
 
 import json
-import sys
 from dataclasses import asdict
 
 import pytest
-from diffusers import AutoencoderKL
 from helpers import HERE
 
 import guard
-from experiments.random_weights import VAE
 from rewards import BadInput
 
-TINY = f"--model {HERE}/tiny/sd3 --gold none"
-OCR = "prompts/ocr"
+TINY = "--model tiny/sd3 --gold none"
 
 
 def parse(text):
     return guard.parse_args(text.split())
 
 
-def make_index(folder, like="sd3", **changes):
-    """A model's folder with model_index.json and the config.json of a full-size VAE, and no more."""
+def make_model(folder, like="sd3", rows=None, **changes):
+    """A folder with the model_index.json of a pipeline, rows of its own if any, and no more."""
     index = json.loads((HERE / "tiny" / like / "model_index.json").read_text())
-    (folder / "vae").mkdir(parents=True)
+    folder.mkdir()
     (folder / "model_index.json").write_text(json.dumps(index | changes))
-    vae = VAE | dict(_class_name=AutoencoderKL.__name__)
-    (folder / "vae" / "config.json").write_text(json.dumps(vae))
-    return folder
-
-
-@pytest.fixture
-def full_size(tmp_path, monkeypatch):
-    """The models of the paper are these two folders."""
-    sd3, flux = make_index(tmp_path / "sd3"), make_index(tmp_path / "flux", "flux")
-    monkeypatch.setattr(guard, "MODELS", {"sd3.5-medium": str(sd3), "flux.1-dev": str(flux)})
+    if rows:
+        (folder / "guard.json").write_text(json.dumps(rows))
+    return f"--model {folder}"
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Presets
+# Settings
 
 OF_ALL = dict(
     height=512, width=512, group_size=24, groups=48, updates_per_epoch=2, lora_rank=32, lora_alpha=64,
-    kl_beta=0.0, ema_decay=0.9, eval_every=30, save_every=1, sde="flow", same_noise=False, sde_window=None,
-    gold=[])
-OF_MODEL = {
-    "sd3.5-medium": dict(steps=10, eval_steps=40, eta=0.7, guidance=4.5, dtype="float16"),
-    "flux.1-dev": dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, dtype="bfloat16", grad_checkpoint=True),
-}
-LR = {"sd3.5-medium": (1e-4, 3e-4), "flux.1-dev": (2e-4, 3e-4)}  # of Guard and of the baseline
-CLIP = {"ocr": (2e-6, 1e-4), "geneval": (2e-6, 1e-4), "pickscore": (4e-6, 1e-4)}
-EPOCHS = {"sd3.5-medium": dict(ocr=240, geneval=930, pickscore=510)}
-EPOCHS["flux.1-dev"] = dict(ocr=270, geneval=630, pickscore=510)
+    kl_beta=0.0, ema_decay=0.9, eval_every=30, sde="flow", same_noise=False, sde_window=None, gold=[])
+OF_MODEL = dict(
+    sd3=dict(steps=10, eval_steps=40, eta=0.7, guidance=4.5, dtype="float16"),
+    flux=dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, dtype="bfloat16", grad_checkpoint=True))
+LR = dict(sd3=(1e-4, 3e-4), flux=(2e-4, 3e-4))  # of Guard and of the baseline
+CLIP = dict(ocr=(2e-6, 1e-4), geneval=(2e-6, 1e-4), pickscore=(4e-6, 1e-4))
+EPOCHS = dict(
+    sd3=dict(ocr=240, geneval=930, pickscore=510),
+    flux=dict(ocr=270, geneval=630, pickscore=510))
 
 
-@pytest.mark.parametrize("task", CLIP)
-@pytest.mark.parametrize("model", LR)
-def test_the_settings_of_the_paper(task, model, full_size):
+@pytest.mark.parametrize("model", OF_MODEL)
+def test_the_settings_of_the_paper(model, tmp_path):
     of_guard, of_baseline = ("guard", "rationorm"), ("flow-grpo", "temp-reweight", "mean-revised")
-    for column, methods in enumerate((of_guard, of_baseline)):
-        expected = OF_ALL | OF_MODEL[model] | dict(lr=LR[model][column], epochs=EPOCHS[model][task])
-        for method in methods:
-            args = parse(f"--task {task} --model {model} --method {method} --reward ocr --prompts {OCR}")
-            assert {name: getattr(args, name) for name in expected} == expected
-            assert args.clip == pytest.approx(CLIP[task][column])  # D is 65,536
+    given = make_model(tmp_path / "model", model)
+    for task in CLIP:
+        for column, methods in enumerate((of_guard, of_baseline)):
+            of_task = dict(epochs=EPOCHS[model][task], reward=task, prompts=f"prompts/{task}")
+            of_method = dict(lr=LR[model][column], clip=CLIP[task][column])
+            for method in methods:
+                args = asdict(parse(f"{given} --task {task} --method {method}"))
+                assert args == args | OF_ALL | OF_MODEL[model] | of_task | of_method
+        dance = parse(f"{given} --task {task} --sde dance")
+        assert dance.same_noise and dance.eta == 0.3
 
 
-def test_a_task_has_its_own_prompts_and_reward(full_size):
-    for task in ("ocr", "geneval", "pickscore"):
-        args = parse(f"--task {task}")
-        assert (args.model, args.reward, args.prompts) == ("sd3.5-medium", task, f"prompts/{task}")
-
-
-def test_the_clip_range_goes_as_1_over_d(full_size):
-    """For every method. D is 65,536 for SD3.5 at 512 x 512 and 512 for tiny/sd3. A flag is as given."""
-    for method, clip in (("guard", 2e-6), ("flow-grpo", 1e-4)):
-        assert parse(f"--method {method} --height 256").clip == pytest.approx(2 * clip)
-        assert parse(f"{TINY} --method {method}").clip == pytest.approx(clip * 65536 / 512)
-        assert parse(f"{TINY} --method {method} --clip 0.5").clip == 0.5
-
-
-def test_dance_shares_noise_unless_told_not_to(full_size):
-    assert not parse(f"{TINY}").same_noise and not parse(f"{TINY} --sde cps").same_noise
-    assert parse(f"{TINY} --same_noise").same_noise
-    for model in (TINY, "--model flux.1-dev"):
-        args = parse(f"{model} --sde dance")
-        assert args.same_noise and args.eta == 0.3
-        assert not parse(f"{model} --sde dance --same_noise False").same_noise
-
-
-def test_a_models_own_settings_win_and_flags_win_over_them(tmp_path):
+def test_a_models_own_rows_win_and_flags_win_over_them(tmp_path):
     """Its gold scores are for its own prompts, and go with them."""
-    model = make_index(tmp_path / "mine")
-    table = {"all": {"gold": ["pickscore", "hpsv2"], "lr": 7e-4, "clip": 1e-6}, "ocr": {"epochs": 7},
-             "baseline": {"lr": 8e-4}, "dance": {"eta": 0.1}}
-    (model / "guard.json").write_text(json.dumps(table))
-    args = parse(f"--model {model}")
+    rows = {"all": {"gold": ["pickscore", "hpsv2"], "lr": 7e-4, "clip": 1e-6}, "ocr": {"epochs": 7},
+            "flow-grpo": {"lr": 8e-4}, "dance": {"eta": 0.1}}
+    model = make_model(tmp_path / "mine", rows=rows)
+    args = parse(model)
     assert (args.gold, args.lr, args.epochs, args.eta) == (["pickscore", "hpsv2"], 7e-4, 7, 0.7)
-    assert args.clip == pytest.approx(1e-6)
-    args = parse(f"--model {model} --method flow-grpo --sde dance --epochs 3")
-    assert (args.lr, args.epochs, args.eta) == (8e-4, 3, 0.1)
-    assert parse(f"--model {model} --prompts prompts/ocr").gold == []
-    assert parse(f"--model {model} --prompts prompts/ocr --gold hpsv2").gold == ["hpsv2"]
-    assert parse(f"--model {model} --gold none").gold == []
+    args = parse(f"{model} --method flow-grpo --sde dance --epochs 8 --same_noise False")
+    assert (args.lr, args.clip, args.epochs, args.eta, args.same_noise) == (8e-4, 1e-6, 8, 0.1, False)
+    assert parse(f"{model} --prompts prompts/ocr").gold == []
+    assert parse(f"{model} --prompts prompts/ocr --gold hpsv2").gold == ["hpsv2"]
+    assert parse(f"{model} --gold none").gold == []
+
+
+def test_a_resumed_run_has_its_own_settings_but_for_four(tmp_path):
+    begun = parse(f"{TINY} --seed 3 --clip 0.5 --lora_rank 4 --run_dir {tmp_path / 'run'}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(begun)))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = dict(resume=str(tmp_path / "moved"), run_dir=str(tmp_path / "moved"))
+    assert asdict(parse(f"--resume {tmp_path / 'moved'}")) == asdict(begun) | moved
+    more = "--epochs 30 --eval_every 2 --offload True --grad_checkpoint True"
+    changed = dict(epochs=30, eval_every=2, offload=True, grad_checkpoint=True)
+    assert asdict(parse(f"--resume {tmp_path / 'moved'} {more}")) == asdict(begun) | moved | changed
+    for other in ("--task geneval", "--method flow-grpo", "--height 64", "--lora_rank 8"):
+        with pytest.raises(BadInput, match=f"--resume with another {other.split()[0][2:]}: "):
+            parse(f"--resume {tmp_path / 'moved'} {other}")
+
+
+def test_a_lora_to_start_from_is_a_file_its_folder_or_a_run(tmp_path):
+    for lora in ("lora-000003", "lora-000012"):
+        (tmp_path / lora).mkdir()
+        (tmp_path / lora / "pytorch_lora_weights.safetensors").touch()
+    newest = tmp_path / "lora-000012" / "pytorch_lora_weights.safetensors"
+    for path in (tmp_path, newest.parent, newest):
+        assert parse(f"{TINY} --init_lora {path}").init_lora == str(newest)
+
+
+def test_evaluation_is_on_so_many_held_out_prompts_from_all_of_their_file(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text("".join(f'{name} "{number}"\n' for number in range(9)))
+    training, held_out = guard.read_prompt_sets(parse(f"{TINY} --prompts {tmp_path} --eval_prompts 3"))
+    assert [prompt for prompt, _ in training] == [f'train "{number}"' for number in range(9)]
+    assert [prompt for prompt, _ in held_out] == ['test "0"', 'test "3"', 'test "6"']
+    assert len(guard.read_prompt_sets(parse(f"{TINY} --prompts {tmp_path}"))[1]) == 9
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -114,53 +113,32 @@ def test_a_models_own_settings_win_and_flags_win_over_them(tmp_path):
     ("--steps ten", "--steps: invalid int value: 'ten'"),
     ("--learning_rate 1", "unrecognized arguments: --learning_rate 1"),
     ("--group_size 1", "--group_size 1: expected 2 or more"),
-    ("--epochs -1", "--epochs -1: expected 0 or more"),
-    ("--lr nan", "--lr nan: expected 0 or more"),
-    ("--clip inf", "--clip inf: expected 0 or more"),
-    ("--eta 0", "--eta 0.0: expected 0.001 or more"),
     ("--eta 1.5 --sde cps", "--eta 1.5: expected at most 1"),
     ("--micro_batch 5", "--micro_batch 5: expected a divisor of 16"),
     ("--groups 9", "--groups 9: expected a multiple of 2"),
-    ("--width 40", "--width 40: expected a multiple of 16"),
+    ("--width 40", "32 x 40; expected multiples of 16"),
     ("--sde_window 10", "--sde_window 10: expected at most 9"),
-    ("--init_lora nowhere", "--init_lora: there is no nowhere"),
-    ("--prompts nowhere", "--prompts nowhere: expected a file, or a folder with train.txt"),
-    ("--reward beauty", "reward beauty: expected module:function or one of ocr"),
-    ("--resume nowhere", "--resume nowhere: expected a run's folder"),
-    ("--model nowhere", "--model nowhere: "),
+    ("--ema_decay 0.9 --epochs 3", "--ema_decay 0.9: moves at update 8"),
+    ("--init_lora nowhere", "--init_lora nowhere: there is no nowhere"),
+    ("--run_dir tests", "--run_dir tests: is not empty"),
+    ("--resume nowhere", "--resume nowhere: "),
+    ("--model nobody/nothing", "--model nobody/nothing: torch sees no GPU.*--model tiny/sd3"),
 ])
-def test_bad_input_is_one_line_that_says_what_was_expected(arguments, message):
+def test_bad_input_is_one_line_that_says_what_was_expected(arguments, message, monkeypatch):
+    monkeypatch.chdir(HERE)
     with pytest.raises(BadInput, match=message) as error:
         parse(f"{TINY} {arguments}")
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(_class_name="StableDiffusionPipeline"), "StableDiffusionPipeline; expected .*FluxPipeline"),
-    (dict(scheduler=["diffusers", "DDIMScheduler"]), "DDIMScheduler; expected FlowMatchEuler"),
-])
-def test_other_pipelines_and_schedulers_are_refused(change, message, tmp_path):
-    with pytest.raises(BadInput, match=message):
-        parse(f"--model {make_index(tmp_path / 'model', **change)} --prompts prompts/ocr")
+def test_other_pipelines_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="is a StableDiffusionPipeline; expected .*FluxPipeline"):
+        parse(make_model(tmp_path / "model", _class_name="StableDiffusionPipeline"))
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    model = make_index(tmp_path / "model")
-    (model / "model_index.json").write_text("not json")
-    with pytest.raises(BadInput, match="--model"):
-        parse(f"--model {model} --prompts prompts/ocr")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The command
-
-
-def test_a_dry_run_prints_the_settings_and_makes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["guard.py", "--dry_run", *TINY.split(), "--epochs", "3"])
-    guard.main()
-    first, settings = capsys.readouterr().out.split("\n", 1)
-    assert "clip 0.000256 at D = 512" in first
-    settings = json.loads(settings)
-    assert settings == asdict(parse(f"{TINY} --epochs 3 --dry_run")) | dict(run_dir=settings["run_dir"])
-    assert not list(tmp_path.iterdir())
+def test_two_gold_scores_of_one_name_are_refused():
+    args = guard.Args(reward="helpers:load_brightness", gold=["helpers:load_brightness"])
+    assert [judge.name for judge in guard.load_judges(args)] == ["load_brightness"] * 2
+    args.gold.append("experiments.random_weights:load_brightness")
+    with pytest.raises(BadInput, match="--gold .*different names"):
+        guard.load_judges(args)

@@ -10,9 +10,10 @@ the reward goes on rising, and the pictures go bad. GRPO-Guard changes two equat
     RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)          in `log_ratio`
     reweighting   a step's objective is multiplied by delta, 1 / dt for `flow`  in `reweighting`
 
-In this project's own runs, on small models, a lower learning rate did most to slow this down. At a high rate
-Guard kept more quality than Flow-GRPO, and at a low one it learned faster. The weights of its steps have the
-larger signal-to-noise ratio, and its clip acts on both sides.
+In this project's own runs, on small models, a lower learning rate did most to keep the pictures from going
+bad. At a high rate Guard kept more quality than Flow-GRPO, and at a low one it learned faster. Its weights
+of the steps give an update the better signal-to-noise ratio (with the samplers `flow` and `cps`: see
+`reweighting`), and its clip stops good samples as it stops bad ones.
 
 One epoch, as in the loop of `train`:
 
@@ -23,6 +24,9 @@ One epoch, as in the loop of `train`:
     4. update      twice, on half of the groups each: run the model again on the kept x; ratio; clip; delta;
                    backward; one AdamW step
     5. save        a line in metrics.jsonl, and state.pt for --resume
+
+A run's folder has config.json, metrics.jsonl (see `log`), state.pt, and of each evaluation lora-000123, after
+123 updates: the LoRA for diffusers, samples.png and samples.jsonl.
 
 In an epoch's first update the policy is still the one that drew the images, so the ratio is 1 and nothing is
 clipped. In the second it says how far the first update, on other images, has moved the model:
@@ -38,14 +42,14 @@ Symbols, the same in all of the file; mean(...) in an equation is over the D dim
     here    in the paper                                       here    shapes
     sigma   t, the noise level, from 1 (noise) to 0 (image)    B       samples that the model sees at once
     g       sigma_t, the noise rate                            G       group size, samples per prompt
-    s       a step's standard deviation; sigma_t sqrt(dt)      T       trained steps: those with noise, s > 0
+    s       sigma_t sqrt(dt), a step's standard deviation      T       trained steps: those with noise, s > 0
     d       mu_new - mu_old, the paper's -Delta mu             C, H, W channels, height, width of the latents
     eps     the step's noise, standard normal                  D       C * H * W, dimensions of a sample
     x       latents (1 - sigma) x0 + sigma x1, x1 noise        L, E    text tokens, width of an embedding
     v       velocity x1 - x0, what the transformer predicts
-    dt      sigma - sigma_next > 0                             A       advantage
-    a, b    of every sampler: mu = a x + b v,                  excess  ratio - 1 = expm1(log_ratio)
-            x_next = mu + s eps, d = b (v_new - v_old)
+    dt      sigma - sigma_next > 0
+    a, b    of every sampler: mu = a x + b v,                  A       advantage
+            x_next = mu + s eps, d = b (v_new - v_old)         excess  ratio - 1 = expm1(log_ratio)
 
 The paper's equations, by our notes on its version 2, not checked against the PDF:
 
@@ -54,10 +58,10 @@ The paper's equations, by our notes on its version 2, not checked against the PD
     Eq. 8   RatioNorm                   `log_ratio`     another project (TeleBoost) numbers it so too
     Eq. 12  objective with delta        `update`        another project (TeleBoost) numbers it so too
 
-Many processes: each rank samples and trains on whole batches, and what it has computed is summed over the
-ranks. Noise comes from keys, the batches are the same, and all ranks draw the same LoRA and take the same
-summed gradients. So nothing is sent at the start. A first rollout is the same on any number of ranks. Later
-ones drift apart by the order in which gradients are summed.
+Many processes: the batches of an epoch are dealt out to the ranks, and scores, gradients and what is logged
+are summed over the ranks. Neither weights nor batches are sent. Each rank draws the same LoRA, takes the
+same summed gradients, and has its noise from keys. So a first rollout is the same on any number of ranks.
+Later ones drift apart by the order in which gradients are summed.
 
 Left out on purpose: trainer classes, callbacks, DDP (one flat all-reduce of the LoRA's gradients does), more
 than one reward at a time. Where this code departs from the paper or from the authors' code a comment says
@@ -65,7 +69,7 @@ than one reward at a time. Where this code departs from the paper or from the au
 
     torchrun --nproc_per_node=8 guard.py --task ocr                       # SD3.5-M on 8 GPUs
     torchrun --nproc_per_node=8 guard.py --task ocr --model black-forest-labs/FLUX.1-dev
-    python guard.py --task ocr --model tiny/sd3                           # a small real SD3, on a CPU
+    python guard.py --task ocr --model tiny/sd3                           # a tiny SD3, on a CPU
     python guard.py --resume runs/NAME                                    # go on where it stopped
 """
 
@@ -102,7 +106,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
 METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard")
 PAPER_D = 16 * 64 * 64  # 65,536, dimensions of a latent in the paper: 16 channels, 512 x 512 pixels
-REWARD_TIMEOUT = 600  # seconds from a rank's last image to its last reward
+REWARD_TIMEOUT = 600  # seconds that the rewards of a batch may take
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -175,18 +179,23 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
         log r = mean(d eps) / s - mean(d²) / (2 s²)             a noise term less a shift
 
-    The shift. Let KL = sum(d²) / (2 s²), the step's KL divergence in nats. Over the draws of eps:
+    The shift. Let KL = sum(d²) / (2 s²) be the step's KL divergence in nats. Over the draws of eps:
 
                        mean          standard deviation
         noise term     0             sqrt(2 KL) / D
         log r          -KL / D       sqrt(2 KL) / D
 
-    So log r is centred sqrt(KL / 2) of its standard deviations below 0. A sum over D has the same shift. But
-    for a sum the mean of r is 1, made up by a few large ratios. For a mean it is exp(KL / D² - KL / D) < 1.
+    So log r is centred sqrt(KL / 2) of its standard deviations below 0: the left shift. A log-probability
+    that is a sum over D has the same shift. What differs is the expected ratio: E[r] = 1 for a sum, where a
+    few large ratios make up for it, and E[r] = exp(KL / D² - KL / D) < 1 for a mean.
 
-    The clip. At D = 65,536 Flow-GRPO's range of 1e-4 is 6.6 nats of the sum. Guard's 2e-6 is 0.131 / s nats:
-    0.2 to 0.6 over the steps of `flow`, 0.8 to 2.2 of `dance`, 0.2 to 0.5 of `cps` but 16.5 at the last one
-    that is trained. Of random samples these shares lie outside (Guard's at s = 0.3):
+    The clip. A range on a mean over D is D times as wide on the sum. At D = 65,536:
+
+        Flow-GRPO, 1e-4      6.6 nats
+        Guard, 2e-6          0.131 / s nats, since Eq. 8 has the factor s: over the trained steps of SD3.5
+                             `flow` 0.2 to 0.6, `dance` 0.8 to 2.2, `cps` 0.2 to 0.5 and 16.5 at the last
+
+    Of random samples these shares lie outside (Guard's at s = 0.3):
 
         KL, nats                              0.1        1        3        7       21
         shift / standard deviation            0.2      0.7      1.2      1.9      3.2
@@ -220,23 +229,27 @@ def reweighting(step: Step, eta: float, sde: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
     The gradient of Eq. 8 with respect to v_new is b eps / D. So without delta a step counts in proportion to
-    |b|. Guard's delta is (1 + eta²/2) / |b|, which makes all steps count alike:
+    |b|. Guard's delta is (1 + eta²/2) / |b|, which makes all steps count alike. With `flow` that is the
+    paper's 1 / dt, since |b| = (1 + eta²/2) dt. But at the first step |b| = dt, so with 1 / dt it counts a
+    little less. With `dance` and `cps` |b| is not proportional to dt. Departure: for DanceGRPO TeleBoost has
+    (1 + eta² (1 - sigma) / (2 sigma)) / dt.
 
-        `flow`           1 / dt, since |b| = (1 + eta²/2) dt. Only at the first step |b| = dt.
-        `dance`, `cps`   (1 + eta²/2) / |b|, since |b| is not proportional to dt.
+    Why it helps. A step's noise should count for as much as the reward says about it, which is little where
+    the noise is small. The best weight is w = s, and Guard's constant weight comes near:
 
-    Departure: for DanceGRPO TeleBoost has (1 + eta² (1 - sigma) / (2 sigma)) / dt.
+        an update is the sum over the steps of w A eps, with a step's weight w
+        signal: E[A eps] = s times the gradient of the expected advantage with respect to x_next (Stein)
+        noise: A eps has size 1 at every step
+        signal-to-noise ratio of the sum: sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²))
 
-    Why it helps. An update is a sum over the steps of w A eps, where w is the weight of a step: |b| / s for
-    Flow-GRPO, |b| for RatioNorm, the same number at all steps for Guard. By Stein's identity the mean of
-    A eps is s times the gradient of the expected advantage with respect to x_next: at a step with little
-    noise the reward says little about that noise. But A eps itself has size 1 at every step. Assume that this
-    gradient, and what the LoRA does to v, are alike at all steps. Then the sum has a signal-to-noise ratio of
-    sum(w s) / sqrt(sum(w²)). On SD3.5 with `flow`:
+    The last line assumes that this gradient, and what the LoRA does to v, are alike at all steps. On SD3.5:
 
-        Flow-GRPO  0.66      RatioNorm  0.87      Guard  1.31      the best, w = s  1.43
+                    Flow-GRPO, w = |b| / s    RatioNorm, w = |b|    Guard, w constant    best, w = s
+        `flow`      0.66                      0.87                  1.31                 1.43
+        `cps`       0.04                      1.15                  1.66                 1.84
+        `dance`     0.30                      0.28                  0.28                 0.30
 
-    Measured on the small models the differences are larger: see experiments/README.md.
+    What was measured on the small models is in experiments/README.md.
     """
     if method == "temp-reweight":  # a method of the paper's ablation
         return step.s
@@ -251,11 +264,11 @@ def advantages(scores: torch.Tensor) -> torch.Tensor:
     """(groups, G) rewards -> (groups, G): each against its group, within ±5.
 
     A dead group, one whose rewards are all equal, gets zeros. Departure: DanceGRPO takes the unbiased
-    deviation, and trains 60 % of the steps, drawn per sample.
+    deviation.
     """
     deviation = scores.std(1, unbiased=False, keepdim=True)
     normalised = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-4)
-    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # rounding could leave a deviation
+    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # not deviation > 0, which is rounded
     return torch.where(live, normalised.clamp(-5, 5), 0.0)
 
 
@@ -269,11 +282,11 @@ def advantages(scores: torch.Tensor) -> torch.Tensor:
 
 def train(args):
     """All epochs. Raises BadInput for what cannot be read or loaded, and whatever a reward raises."""
-    training_set, held_out = read_prompt_sets(args)
-    judges = load_judges(args)
+    training_set, held_out, judges = load_task(args)
     backbone = load_backbone(args)
     learner = Learner(backbone, args)
-    start, updates = open_run(learner, args, training_set + held_out), args.updates_per_epoch
+    start = open_run(learner, args, training_set + held_out)
+    updates = args.updates_per_epoch
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
     for epoch in bar:
         # 0. Evaluate on held-out prompts, here and after the last epoch.
@@ -291,7 +304,8 @@ def train(args):
         # 3. Advantage: each image against its group.
         A = advantages(scores)  # (groups, G)
         # 4. Update: each on its own groups. The second's ratios say how far the first has moved the model.
-        for k, group_ids in enumerate(torch.arange(args.groups).view(updates, -1).tolist()):
+        groups_of_updates = torch.arange(args.groups).view(updates, -1).tolist()
+        for k, group_ids in enumerate(groups_of_updates):
             line, _ = update(backbone, learner, args, schedule, batches, A, group_ids)
             done = epoch * updates + k + 1
             learner.update_average(done, args.ema_decay)
@@ -326,7 +340,8 @@ def rng(*key):
     return np.random.default_rng(key)
 
 
-# The second number of a key says what it is for: the epoch in training, else one of these.
+# The second number of a key says what it is for: the epoch in training, else one of these. (numpy pads a
+# short key with zeros, so keys of one kind have one length.)
 EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2
 
 
@@ -342,7 +357,8 @@ def noisy_steps(args, epoch):
     """Indices of the steps with noise, which are trained: all but the last, or the epoch's window of them.
 
     Like Flow-GRPO-Fast's the window lies in the first half of the steps, if it is no longer than that. It is
-    drawn once an epoch. Departure: theirs is drawn anew each time that images are sampled.
+    drawn once an epoch. Departure: theirs is drawn anew each time that images are sampled, and DanceGRPO
+    trains 60 % of the steps, drawn per sample.
     """
     window = args.sde_window or args.steps - 1
     start = int(rng(args.seed, WINDOW, epoch).integers(max(args.steps // 2 - window, 0) + 1))
@@ -369,13 +385,12 @@ def sample(backbone, schedule, embeddings, keys, same_noise=False):
         # another way, and the first ratio would not be 1.
         with torch.set_grad_enabled(step.s > 0):
             v = backbone.velocity(x, step.sigma, embeddings).detach()
-        mu = step.a * x + step.b * v
+        x_next = step.a * x + step.b * v
         if step.s > 0:
             eps = draw([(*key, i + 1) for key in keys])
             kept.append(torch.stack([x, v, eps]).cpu())
-            x = mu + step.s * eps
-        else:
-            x = mu
+            x_next += step.s * eps
+        x = x_next
     if not x.isfinite().all():
         raise FloatingPointError("a latent is not finite, as when float16 overflows; try --dtype bfloat16")
     return x, kept
@@ -413,6 +428,7 @@ def start_thread():
 THREAD = ThreadPoolExecutor(1, initializer=start_thread)  # computes rewards while the next batch is sampled
 
 
+@torch.no_grad()  # which is each thread's own
 def score(judges, images, texts, metadata):
     """(judges, B)"""
     return torch.tensor([judge(images, list(texts), list(metadata)) for judge in judges], dtype=torch.float64)
@@ -420,10 +436,9 @@ def score(judges, images, texts, metadata):
 
 def collect(batches, count, total):
     """(count, total) scores by `count` judges of all ranks. Raises what a judge raised, or TimeoutError."""
-    deadline = time.monotonic() + REWARD_TIMEOUT
     scores = torch.zeros(count, total, dtype=torch.float64)
     for batch in batches:
-        scores[:, batch.numbers] = batch.scores.result(deadline - time.monotonic())
+        scores[:, batch.numbers] = batch.scores.result(REWARD_TIMEOUT)
     # A sample's score is 0 on all ranks but the one that drew it, so the sum over ranks is exact.
     return all_reduce(scores.to(DEVICE)).cpu()
 
@@ -436,7 +451,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
     """One optimizer update on some of the epoch's groups.
 
     batches: this rank's of the epoch. A: (groups, G) advantages of the epoch. Returns what metrics.jsonl says
-    of the update, and the excess of its samples, (groups of the update, G, T), 0 in dead groups.
+    of the update, and the excess of its samples, (groups of the update, G, T), 0 where it was not computed.
 
     The loss is a mean over samples, trained steps and D. Departure: groups stay whole in an update, and dead
     ones count in the mean; the authors shuffle an epoch's samples and drop the dead ones.
@@ -456,8 +471,9 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
             # ratio - 1, since fp32 numbers near 1 are 1.2e-7 apart, and Guard's clip range is 2e-6
             excess = torch.expm1(log_ratio(v_new, v_old, eps, step.b, step.s, args.method))  # (B,)
             delta = reweighting(step, args.eta, args.sde, args.method)
+            # Eq. 12 has the ratio in place of excess: that adds delta A, which has no gradient.
             clipped = excess.clamp(-clip, clip)
-            loss = -delta * torch.minimum(excess * advantage, clipped * advantage)  # (B,) Eq. 12 less delta A
+            loss = -delta * torch.minimum(excess * advantage, clipped * advantage)  # (B,) Eq. 12
             kl = torch.zeros_like(excess)
             if args.kl_beta:
                 with torch.no_grad():
@@ -465,7 +481,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
                     v_base = backbone.velocity(x, step.sigma, batch.embeddings)
                     backbone.transformer.enable_adapters()
                 kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
-                # Not weighted by delta. dt kl is the authors' mean(d²) / (2 g²): s² = g² dt, but not in cps.
+                # Not weighted by delta. dt kl is the authors' mean(d²) / (2 g²) where s² = g² dt: not in cps.
                 loss = loss + args.kl_beta * step.dt * kl
             learner.scaler.scale(loss.sum() / terms).backward()
             measured[:, batch.numbers, t] = torch.stack([loss, excess, kl]).detach().double().cpu()
@@ -504,7 +520,8 @@ class Learner:
         # hold. The scaler multiplies the loss by 2**24, by less once that overflows, and divides gradients.
         # Departure: the authors' frozen weights are fp32, under fp16 autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
-        # A rank without a live group joins in each update: it needs a scale, and gradients of 0.
+        # A rank without a live group has no backward pass, but joins in: its scale and gradients are made
+        # now.
         self.scaler.scale(torch.zeros((), device=DEVICE))
         for p in self.params:
             p.grad = torch.zeros_like(p)
@@ -513,16 +530,16 @@ class Learner:
         """One AdamW step with the sum of all ranks' gradients. Returns their norm before it is clipped to 1.
 
         In float16 an update whose gradient overflows is skipped, and the next ones are scaled by half. Raises
-        FloatingPointError when that does not help.
+        FloatingPointError once the scale is below 1, where halving it has not helped.
         """
         gradients = [p.grad for p in self.params]
-        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)  # for any tensors
+        vector_to_parameters(all_reduce(parameters_to_vector(gradients)), gradients)  # works on gradients too
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.params, 1.0, error_if_nonfinite=not self.scaler.is_enabled())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() < 1:
-            raise FloatingPointError("no gradient was finite in 25 updates in float16; try --dtype bfloat16")
+            raise FloatingPointError("gradients overflow float16 again and again; try --dtype bfloat16")
         self.optimizer.zero_grad(set_to_none=False)
         return norm
 
@@ -622,7 +639,7 @@ class Args:
     width: int = flag(512, "pixels")
     group_size: int = flag(24, "images per prompt")
     groups: int = flag(48, "prompts an epoch, over all processes")
-    updates_per_epoch: int = flag(2, "optimizer updates an epoch, each on its share of the prompts")
+    updates_per_epoch: int = flag(2, "optimizer updates an epoch; the clip acts from the second on")
     micro_batch: int = flag(8, "images in one pass of the transformer; divides group_size")
     epochs: int = flag(240, "epochs in all; 0 evaluates and ends")
     lr: float = flag(1e-4, "learning rate")
@@ -643,7 +660,7 @@ class Args:
 
 
 # What differs from Args, by --task, --method and --sde. A later row wins, and so do the rows of guard.json,
-# which a model's own folder may hold. Which table is whose: BACKBONES.
+# which a model's own folder may hold. BACKBONES says which model has which table.
 BASELINE = dict(lr=3e-4, clip=1e-4)  # the methods with the ratio of Eq. 7
 SD3_ROWS = {
     "geneval": dict(epochs=930),
@@ -680,8 +697,8 @@ def parse_args(argv=None):
     if args.resume:
         fixed = defaults.keys() - {*MAY_CHANGE, "resume"}
         other = ", ".join(sorted(name for name in fixed if defaults[name] != getattr(args, name)))
-        how = f"a resumed run keeps its own; --init_lora {args.resume} starts a new one from its LoRA"
-        require(not other, f"--resume with another {other}: {how}")
+        how = f"a new run, with --init_lora {args.resume}, can have another"
+        require(not other, f"--resume {args.resume}: keeps its own {other}; {how}")
     if args.init_lora and not args.resume:
         args.init_lora = str(find_lora(Path(args.init_lora)))
     args.run_dir = args.resume or args.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")
@@ -734,44 +751,41 @@ def find_lora(path):
     return file
 
 
-# The least that makes sense of what would otherwise go wrong in silence.
-LEAST = dict(steps=2, group_size=2, eta=1e-3, clip=0, kl_beta=0, ema_decay=0, epochs=0, eval_prompts=1)
+# Lower bounds of the flags that would otherwise fail late or in silence.
+LEAST = dict(steps=2, group_size=2, micro_batch=1, updates_per_epoch=1, eta=1e-3, clip=0, kl_beta=0,
+             ema_decay=0, lora_alpha=1, epochs=0, eval_every=1, eval_prompts=1)
 
 
 def check(args):
     """Raise BadInput for what would go wrong late or in silence. Other nonsense soon fails by itself."""
     for name, least in LEAST.items():
         require(getattr(args, name) >= least, f"--{name} {getattr(args, name)}: expected {least} or more")
-    G, updates, window = args.group_size, args.updates_per_epoch, args.sde_window or 1
+    G, updates, window = args.group_size, args.updates_per_epoch, args.sde_window
     require(G % args.micro_batch == 0, f"--micro_batch {args.micro_batch}: expected a divisor of {G}")
     require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
-    require(window < args.steps, f"--sde_window {window}: expected at most {args.steps - 1}")
+    fits = window is None or 1 <= window < args.steps
+    require(fits, f"--sde_window {window}: expected 1 to {args.steps - 1}")
     require(args.sde != "cps" or args.eta <= 1, f"--eta {args.eta}: expected at most 1 with cps")
-    total = args.epochs * updates
-    moves = args.ema_decay == 0 or total == 0 or total >= 8
-    require(moves, f"--ema_decay {args.ema_decay}: moves at update 8 first; with {total} updates give 0")
-    size = f"{args.height} x {args.width}"
-    require(args.height % 16 == args.width % 16 == 0, f"--height, --width: {size}; expected multiples of 16")
-    folder = Path(args.run_dir)
-    is_new = args.resume or RANK > 0 or not folder.exists() or not any(folder.iterdir())
-    require(is_new, f"--run_dir {folder}: is not empty; --resume {folder} goes on with a run")
+    moves = args.ema_decay == 0 or args.epochs == 0 or args.epochs * updates >= 8
+    require(moves, f"--ema_decay {args.ema_decay}: first moves at update 8; in so short a run give 0")
+    require(args.height % 16 == args.width % 16 == 0, "--height, --width: expected multiples of 16 pixels")
+    in_use = RANK == 0 and not args.resume and any(Path(args.run_dir).glob("*"))
+    require(not in_use, f"--run_dir {args.run_dir}: is not empty; --resume {args.run_dir} goes on with a run")
 
 
-def read_prompt_sets(args):
-    """(training set, held-out prompts), lists of (prompt, metadata). Raises BadInput."""
-    training, held_out = rewards.prompt_files(args.prompts)
-    training = rewards.read_prompts(training, [args.reward])
-    held_out = rewards.read_prompts(held_out, [args.reward, *args.gold])
+def load_task(args):
+    """Training prompts, held-out prompts, and the functions that judge: the reward, then the gold scores.
+
+    A prompt is (prompt, metadata). A judge has a `name` to be logged under. Raises BadInput.
+    """
+    training_file, held_out_file = rewards.prompt_files(args.prompts)
+    training_set = rewards.read_prompts(training_file, [args.reward])
+    held_out = rewards.read_prompts(held_out_file, [args.reward, *args.gold])
     count = min(args.eval_prompts, len(held_out))  # evenly over the file, which may be sorted
-    return training, [held_out[i * len(held_out) // count] for i in range(count)]
-
-
-def load_judges(args):
-    """The reward, then the gold scores. Each is logged under its `name`. Raises BadInput."""
     judges = [rewards.load(name) for name in (args.reward, *args.gold)]
     names = ["prompt", "reward", *(judge.name for judge in judges[1:])]
     require(len(set(names)) == len(names), f"--gold {args.gold}: expected different names than {names}")
-    return judges
+    return training_set, [held_out[i * len(held_out) // count] for i in range(count)], judges
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -802,7 +816,7 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. One by one: batches round otherwise."""
+        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. One by one: a batch rounds otherwise."""
         with offload_models(*self.encoders, device=DEVICE, offload=self.offload):
             return {prompt: [tensor.cpu() for tensor in self.embed(prompt)] for prompt in prompts}
 
@@ -891,7 +905,7 @@ def load_backbone(args):
         is_pointer = file.is_file() and file.stat().st_size < 200 and b"git-lfs" in file.read_bytes()
         require(not is_pointer, f"--model {args.model}: {file} is a Git LFS pointer; run `git lfs pull`")
     pipe = diffusers.DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=dtypes)
-    for name, part in pipe.components.items():  # without its files transformers makes a stub
+    for name, part in pipe.components.items():  # a tokenizer without its files is made up, of a few tokens
         require("tokenizer" not in name or len(part) > 20, f"--model {args.model}: {name} has no vocabulary")
     transformer = pipe.transformer.requires_grad_(False)
     if args.init_lora:
@@ -915,17 +929,13 @@ def load_lora(transformer, file):
     """
     try:
         weights = load_file(file)
-        require(all(x.isfinite().all() for x in weights.values()), "has weights that are not finite")
         transformer.load_lora_adapter(file, adapter_name="default", use_safetensors=True)
-        names = [name.replace(".default", "") for name, _ in transformer.named_parameters()]
-        loaded = {f"transformer.{name}" for name in names if "lora_" in name}
-        require(loaded and loaded == weights.keys(), "is of other layers")  # diffusers skips what fits none
-    except Exception as error:  # the libraries raise any kind for a file that is not such a LoRA
-        why = str(error).partition("\n")[0][:200]
+        params = [p.requires_grad_() for name, p in transformer.named_parameters() if "lora_" in name]
+        require(len(params) == len(weights), "is of other layers")  # diffusers skips what does not fit
+        require(all(p.isfinite().all() for p in params), "is not finite")
+    except Exception as error:  # the libraries raise many kinds for a file that is no such LoRA
         wanted = "expected the safetensors of a LoRA of this transformer, as diffusers saves them"
-        raise BadInput(f"--init_lora {file}: {why}; {wanted}") from None
-    for name, weight in transformer.named_parameters():  # it may have been saved for inference, frozen
-        weight.requires_grad_("lora_" in name)
+        raise BadInput(f"--init_lora {file}: {' '.join(str(error).split())[:200]}; {wanted}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1028,7 +1038,7 @@ def say(text):
 
 def main():
     """Exit code 0; 2 and one line for bad input; 1 and a traceback for anything else, at once."""
-    # Loading bars, and that torchvision is missing. What else the libraries warn of stays.
+    # No loading bars, nor that torchvision is missing. What else the libraries warn of stays.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("transformers.utils.import_utils").setLevel("ERROR")
@@ -1041,9 +1051,8 @@ def main():
             torch.cuda.set_device(DEVICE)
             torch.set_float32_matmul_precision("high")  # TF32 in the LoRA's matmuls; the ratio needs none
         if WORLD > 1:
-            # Longer than a reward may take, so that its own error comes before that of ranks that wait.
-            wait = timedelta(seconds=3 * REWARD_TIMEOUT)
-            dist.init_process_group("nccl" if ON_GPU else "gloo", timeout=wait)
+            # Ranks that wait for another one's rewards wait longer than these may take.
+            dist.init_process_group("nccl" if ON_GPU else "gloo", timeout=timedelta(hours=1))
         train(args)
     except BadInput as error:
         print(f"guard.py: error: {error}", file=sys.stderr, flush=True)

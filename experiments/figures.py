@@ -1,12 +1,13 @@
 """The figures and the tables of experiments/README.md, from the files in experiments/results alone.
 
-    python experiments/figures.py    # writes figures/{long,ratio,places,snr}.png, prints the tables
+    python experiments/figures.py    # writes figures/{long,problem,places,snr}.png, prints the tables
 
 The CSVs are written by run.py, snr.py and ratio.py. An error is a standard error over seeds unless said.
 """
 
 import csv
 import statistics
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import ttest_rel
+from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy.stats import norm, ttest_rel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import guard
 
 HERE = Path(__file__).resolve().parent
 LONG = {  # setting -> name, and line in the figure; the first four are drawn, in the order of cards.png
@@ -319,18 +324,28 @@ def show_range(axis, limit):
     axis.set_ylim(-limit, limit)
 
 
-def draw_ratio():
-    """ratio - 1 of good images by denoising step, in clip ranges: median and 10 to 90 % band."""
-    figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.4), sharey=True, layout="constrained")
-    methods = (("flow-grpo", "Flow-GRPO", "tab:red"), ("guard", "GRPO-Guard", "tab:blue"))
-    for axis, (method, name, colour) in zip(axes, methods, strict=True):
-        rows = [row for row in rows_of_ratio(method) if row["samples"] == "good" and row["place"] == "7"]
-        draw_band(axis, [int(row["step"]) for row in rows], rows, colour, "median, 10 to 90 %")
-        show_range(axis, 30)
-        axis.set(title=name, xlabel="denoising step, noisiest first")
-    axes[0].set_ylabel("(ratio - 1) / clip of good images")
-    axes[0].text(0.1, 0.75, "inside the clip range", fontsize=8, va="center")
-    axes[0].text(0.1, 6, "good images are to be blocked here", fontsize=8, va="center")
+def draw_problem():
+    """Exact densities of the log ratio at SD3.5's size, a row a step, if v moves alike at all steps."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    steps = guard.make_schedule(scheduler.sigmas.tolist(), 0.7, "flow")[:-1]
+    b, s = (np.array([getattr(step, name) for step in steps]) for name in "bs")
+    kl = 12 * (b / s) ** 2 / (b[-1] / s[-1]) ** 2  # nats
+    noise = np.sqrt(2 * kl) / guard.PAPER_D
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    panels = (("Flow-GRPO, clip 1e-4", 1e-4, -kl / guard.PAPER_D, noise, 5),
+              ("GRPO-Guard, clip 2e-6", 2e-6, np.zeros(9), s * noise, 40))  # fmt: skip
+    for axis, (title, clip, centre, deviation, widest) in zip(axes, panels, strict=True):
+        axis.axvspan(-1, 1, color="0.85", lw=0)
+        x = np.linspace(-widest, widest, 4001)
+        for i, of_step in enumerate(norm(mean, std) for mean, std in zip(centre, deviation, strict=True)):
+            density = of_step.pdf(x * clip) / of_step.pdf(of_step.mean())
+            axis.fill_between(x, i, i + 0.85 * density, color=plt.cm.viridis(i / 9), lw=0)
+            shares = ((-widest, "left", of_step.cdf(-clip)), (widest, "right", of_step.sf(clip)))
+            for place, side, share in shares:
+                axis.text(place, i + 0.1, f" {share:.0%} ", ha=side, fontsize=8)
+        axis.set(title=title, xlim=(-widest, widest), xlabel="log ratio / clip range")
+    axes[0].set(ylabel="denoising step, noisiest first", yticks=range(9), yticklabels=range(1, 10))
     return figure
 
 
@@ -382,7 +397,7 @@ def tables():
 
 
 def main(folder=HERE / "figures"):
-    for draw, dpi in ((draw_long, 110), (draw_ratio, 150), (draw_places, 130), (draw_snr, 120)):
+    for draw, dpi in ((draw_long, 110), (draw_problem, 110), (draw_places, 130), (draw_snr, 120)):
         figure = draw()
         figure.savefig(folder / f"{draw.__name__.removeprefix('draw_')}.png", dpi=dpi)
         plt.close(figure)

@@ -7,9 +7,10 @@ larger is better:
 - prompts: list of N strings
 - metadata: list of N dicts, each prompt's own line of a `.jsonl` set (empty for prompts from a text file)
 
-It raises where it cannot score: a failure is never a zero. A loader is a function without arguments that
-builds a reward, and only then imports what it needs. `REWARDS` at the end names some loaders. Any other is
-named `module:function`, so a reward of your own needs no edit of this file:
+These are copies, which it may change. A tuple, a 1-D array or a 1-D tensor will do for the list. It raises
+where it cannot score: a failure is never a zero. A loader is a function without arguments that builds a
+reward, and only then imports what it needs. `REWARDS` at the end names some loaders. Any other is named
+`module:function`, so a reward of your own needs no edit of this file:
 
     # mine.py, beside guard.py; then --reward mine:load_brightness
     import numpy as np
@@ -21,9 +22,10 @@ named `module:function`, so a reward of your own needs no edit of this file:
 
 If it needs something of its prompts, give the loader an attribute `check`, a function of a prompt and its
 metadata that raises ValueError. Then a prompt that cannot be scored is refused before any model is loaded.
-Where GRPO_GUARD_<NAME>_URL is set, the reward of that name is read from there: see scorers/README.md.
+A reward that another process serves is named by its URL: see scorers/README.md.
 """
 
+import copy
 import functools
 import importlib
 import json
@@ -35,9 +37,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from rapidfuzz.distance import Levenshtein
-from safetensors import SafetensorError
 
 HERE = Path(__file__).resolve().parent
 
@@ -68,8 +68,7 @@ def prompt_files(path):
             train, test = place / f"train{ending}", place / f"test{ending}"
             if train.is_file() and test.is_file():
                 return train, test
-    wanted = "a file, or a folder with train.txt and test.txt, or both as _metadata.jsonl"
-    raise BadInput(f"--prompts {path}: expected {wanted}")
+    raise BadInput(f"--prompts {path}: no file, nor a folder with train and test .txt or _metadata.jsonl")
 
 
 def read_prompts(file, reward_names=()):
@@ -82,20 +81,17 @@ def read_prompts(file, reward_names=()):
     if suffix not in (".txt", ".jsonl"):
         raise BadInput(f"{file}: expected .txt, a prompt a line, or .jsonl, an object with a prompt a line")
     checks = [loader.check for loader in map(find_loader, reward_names) if hasattr(loader, "check")]
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file}: expected UTF-8 text ({error})") from None
     prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
+            line = line.decode("utf-8-sig").strip()
+            if not line:
+                continue
             metadata = read_metadata(line) if suffix == ".jsonl" else {}
             prompt = metadata.get("prompt", line).strip()
             for check in checks:
                 check(prompt, metadata)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{file}, line {number}: {error}") from None
         prompts.append((prompt, metadata))
     if not prompts:
@@ -105,20 +101,19 @@ def read_prompts(file, reward_names=()):
 
 def read_metadata(line):
     """The JSON object of a line of a `.jsonl` set. Raises ValueError unless it has a prompt."""
-    try:
-        metadata = json.loads(line)
-    except (ValueError, RecursionError):
-        metadata = None
+    metadata = json.loads(line)
     prompt = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f'expected a JSON object with a non-empty "prompt"; got {line[:80]!r}')
+    prompt.encode()  # ValueError for half a surrogate pair: JSON can hold it, tokenizers and logs cannot
     return metadata
 
 
 # ------------------------------------------------------------------------------------------------------------
 # OCR: is the text there that the prompt asks for?
 
-ONE_FORM = str.maketrans("‘’‛`´“”„‐‑‒–—−", "'''''\"\"\"------")  # of quotes and of dashes
+# To one form: quotes, dashes and slashes that look alike, and selectors of an emoji's style, which go.
+ONE_FORM = str.maketrans("‘’‛`´′ʻʼ“”„″‐‑‒–—―−⁄", "'" * 8 + '"' * 4 + "-" * 7 + "/", "\ufe0e\ufe0f")
 
 
 def quoted_text(prompt):
@@ -130,8 +125,10 @@ def quoted_text(prompt):
 
 
 def comparable(text):
-    """The text with composed accents, one form of quotes and dashes, in lower case, without spaces."""
-    return re.sub(r"\s", "", unicodedata.normalize("NFC", text).translate(ONE_FORM)).lower()
+    """The text in one form: Unicode's NFKC, ONE_FORM, lower case, no spaces and no format characters."""
+    seen = "".join(char for char in text.translate(ONE_FORM) if unicodedata.category(char) != "Cf")
+    # ONE_FORM comes first, since NFKC makes an accent of ´, and again, since NFKC makes 1⁄3 of ⅓.
+    return re.sub(r"\s", "", unicodedata.normalize("NFKC", seen).translate(ONE_FORM)).lower()
 
 
 def text_score(found, target):
@@ -145,29 +142,43 @@ def text_score(found, target):
     return 1 - min(Levenshtein.distance(found, target), len(target)) / len(target)
 
 
+@functools.cache
+def readable():
+    """The characters that RapidOCR can return, as `comparable` writes them, from its recognition model."""
+    import onnxruntime
+    import rapidocr
+
+    file = Path(rapidocr.__file__).parent / "models" / "PP-OCRv6_rec_small.onnx"
+    model = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return set("".join(map(comparable, model.get_modelmeta().custom_metadata_map["character"])))
+
+
+def check_ocr(prompt, metadata):
+    """Raise ValueError unless the prompt has one text in double quotes, all of which can be read."""
+    for char in comparable(quoted_text(prompt)):
+        if char not in readable():
+            raise ValueError(f"expected what the OCR engine can read; got {char!r} in {prompt[:60]!r}")
+
+
 def load_ocr():
     """How well the text in double quotes can be read, by RapidOCR."""
     from rapidocr import RapidOCR
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each process
     pool = ThreadPoolExecutor(max(1, min(8, cores - 1)))  # one core is left for the sampling
-    load_lock = threading.Lock()
 
     @functools.cache
     def engine(thread, one_line):
         """One a thread. Recognition pads to a width: 96 takes a third of the time of the usual 320."""
         params = {"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
         params["Rec.rec_img_shape"] = [3, 48, 96 if one_line else 320]
-        with load_lock:
-            return RapidOCR(params=params)
+        return RapidOCR(params=params)
 
     def read(image):
         one_line = image.height < 64  # pixels: too small for more, so that no text needs to be found first
-        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
         # All three switches at every call, since the engine keeps those of its last one.
         read_by = engine(threading.get_ident(), one_line)
-        result = read_by(bgr, use_det=not one_line, use_cls=False, use_rec=True)
+        result = read_by(image, use_det=not one_line, use_cls=False, use_rec=True)
         return "".join(result.txts or ())
 
     def reward(images, prompts, metadata):
@@ -177,7 +188,7 @@ def load_ocr():
     return reward
 
 
-load_ocr.check = lambda prompt, metadata: quoted_text(prompt)
+load_ocr.check = check_ocr
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -197,9 +208,10 @@ def from_hub(cls, name, **options):
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # else missing weights ask a service to convert them
     try:
         return cls.from_pretrained(name, revision=REVISIONS.get(name, "main"), **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        why = re.split(r"\.\s|\n", str(error).strip())[0] + "; expected safetensors"
-        raise BadInput(f"{name}: {why}; offline, `hf download` first; if gated, `hf auth login`") from None
+    except Exception as error:  # the libraries raise any kind for a Git LFS pointer or a file that is cut off
+        why = re.split(r"\.\s|\n", f"{type(error).__name__}: {error}")[0]
+        how = "expected safetensors, all files whole; offline, `hf download` first; if gated, `hf auth login`"
+        raise BadInput(f"{name}: {why}; {how}") from None
 
 
 def model_from_hub(cls, name):
@@ -212,14 +224,14 @@ def model_from_hub(cls, name):
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def load_clip(name, processor):
+def load_clip(name, processor_name):
     """(embed, logit scale) of a CLIP model. embed: N strings or N PIL images -> (N, D) unit vectors."""
     import torch
     from transformers import CLIPModel, CLIPProcessor
 
-    folder, processor = processor, from_hub(CLIPProcessor, processor)
+    processor = from_hub(CLIPProcessor, processor_name)
     if len(processor.tokenizer) < 20:  # without its files transformers makes a stub
-        raise BadInput(f"{folder}: has no tokenizer")
+        raise BadInput(f"{processor_name}: has no tokenizer")
     model = model_from_hub(CLIPModel, name)
 
     @torch.no_grad()
@@ -258,12 +270,13 @@ REWARDS = {
     "hpsv2": functools.partial(load_clip_score, "adams-story/HPSv2-hf"),
     "imagereward": "scorers.remote:load_imagereward",
     "unifiedreward": "scorers.remote:load_unifiedreward",
-    "http": "scorers.remote:load_http",
 }
 
 
 def find_loader(name):
-    """The loader of a reward by its name in REWARDS or by `module:function`. Raises BadInput."""
+    """The loader of a reward by its URL, its name in REWARDS or `module:function`. Raises BadInput."""
+    if name.startswith(("http://", "https://")):
+        return functools.partial(find_loader("scorers.remote:load_http"), name)
     loader = REWARDS.get(name, name)
     if callable(loader):
         return loader
@@ -271,29 +284,30 @@ def find_loader(name):
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        wanted = f"module:function or one of {', '.join(REWARDS)}"
-        raise BadInput(f"reward {name}: expected {wanted} ({error})") from None
-
-
-def url_variable(name):
-    """The environment variable that says where the reward of that name is served."""
-    return f"GRPO_GUARD_{re.sub(r'[^A-Z0-9]', '_', name.upper())}_URL"
+        known = ", ".join(REWARDS)
+        raise BadInput(f"reward {name}: {error}; expected a URL, module:function or one of {known}") from None
 
 
 def load(name):
-    """The reward of that name. Its result is checked: one finite number per image, else RewardError.
+    """The reward of that name. It gives the reward copies, and checks the result: a list of N finite floats.
 
-    Raises BadInput if it cannot be built. What the reward itself raises comes through as it is.
+    Its attribute `name` is what its scores are logged under. Raises BadInput if it cannot be built, and then
+    RewardError for any other result. What the reward itself raises comes through as it is.
     """
-    if url_variable(name) in os.environ:
-        reward = importlib.import_module("scorers.remote").load_http(name)
-    else:
-        reward = find_loader(name)()
+    reward = find_loader(name)()
 
     def checked(images, prompts, metadata):
-        scores = [float(score) for score in reward(images, prompts, metadata)]
-        if len(scores) != len(images) or not all(map(math.isfinite, scores)):
-            raise RewardError(f"reward {name}: expected {len(images)} finite numbers, got {scores[:9]}")
-        return scores
+        result = plain(reward(*copy.deepcopy([list(images), list(prompts), list(metadata)])))
+        scores = [plain(score) for score in result] if isinstance(result, (list, tuple)) else []
+        numbers = all(isinstance(score, (int, float)) and math.isfinite(score) for score in scores)
+        if len(scores) != len(images) or not numbers:
+            raise RewardError(f"reward {name}: expected {len(images)} finite numbers, got {result!r:.200}")
+        return [float(score) for score in scores]
 
+    checked.name = getattr(reward, "name", name.rpartition(":")[2])  # a served reward knows its own
     return checked
+
+
+def plain(result):
+    """A tensor, an array or a number of theirs as Python's own lists and numbers; anything else as it is."""
+    return result.tolist() if hasattr(result, "tolist") else result

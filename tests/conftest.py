@@ -1,16 +1,12 @@
-"""For every test: no GPU, one thread, no hub, and none of the user's own reward servers."""
+"""For every test: no GPU, one thread, no hub, and none of the user's own proxies and reward servers."""
 
 import os
 
+for name in list(os.environ):
+    if name.startswith("GRPO_GUARD_") or name.lower().endswith("_proxy"):
+        del os.environ[name]
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before imports
 
-import pytest
-import torch
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def no_servers(monkeypatch):
-    for name in [name for name in os.environ if name.startswith("GRPO_GUARD_")]:
-        monkeypatch.delenv(name)

@@ -39,8 +39,8 @@ CLASSES = (
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
 COLOUR_PROMPTS = ["a photo of a {0} {1}", "a photo of a {0}-colored {1}", "a photo of a {0} object"]
 RELATIONS = ("left of", "right of", "above", "below")
+SHORT_SIDE, LONG_SIDE = 800, 1333  # pixels: the short side is scaled to 800, the long one to 1333 at most
 MOST_OBJECTS = 16  # of one class
-POSITION_MARGIN = 0.1  # of both objects' sizes: offsets up to this are no position
 
 
 class Settings(NamedTuple):
@@ -51,9 +51,7 @@ class Settings(NamedTuple):
     colour_prompts: list = COLOUR_PROMPTS  # {0} is the colour, {1} the class
     threshold: float = 0.3  # confidence above which an object is there
     counting_threshold: float = 0.9  # the same where the tag is "counting"
-    short_side: int = 800  # pixels to which a picture is scaled,
-    long_side: int = 1333  # but the long side to no more than this
-    size: list = []  # or [height, width], to which every picture is scaled
+    size: list = []  # [height, width] in pixels to which every picture is scaled, else by SHORT_SIDE
     largest_component: bool = False  # keep only the largest connected part of each mask
 
 
@@ -69,8 +67,7 @@ def settings_of(detector):
     try:
         settings = Settings(**json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        keys = ", ".join(Settings._fields)
-        raise BadInput(f"{file}: expected a JSON object with keys of {keys}; got {error}") from None
+        raise BadInput(f"{file}: expected an object with {', '.join(Settings._fields)}; {error}") from None
     for key, default in Settings._field_defaults.items():
         if type(getattr(settings, key)) is not type(default):
             raise BadInput(f"{file}: expected {key} like {default}, got {getattr(settings, key)!r}")
@@ -89,15 +86,12 @@ def check(prompt, metadata, detector=DETECTOR):
     include, exclude = metadata.get("include"), metadata.get("exclude", [])
     lists = isinstance(include, list) and include and isinstance(exclude, list)
     if not lists or not isinstance(metadata.get("tag"), str):
-        wanted = 'a "tag", a non-empty list "include" and, if any, a list "exclude"'
-        raise BadInput(f"expected {wanted}; got the metadata {str(metadata)[:100]}")
+        raise BadInput(f'expected a "tag", a list "include" and, if any, "exclude"; got {metadata!s:.100}')
     for number, clause in enumerate(include + exclude):
         if not fits(clause, number, settings):
-            classes, colours = ", ".join(settings.classes), ", ".join(settings.colours)
-            raise BadInput(
-                f'expected a "class" of {classes:.80}; a "count" from 1 to {MOST_OBJECTS}; if any, a "color" '
-                f'of {colours:.80} or a "position" [relation, earlier clause]; got {clause!r:.100}'
-            )
+            wanted = f'a "class" of {settings.classes!s:.80}, a "count" from 1 to {MOST_OBJECTS} and, if any,'
+            wanted += f' a "color" of {settings.colours!s:.80} or a "position" [relation, earlier clause]'
+            raise BadInput(f"expected {wanted}; got {clause!r:.100}")
 
 
 def fits(clause, number, settings):
@@ -122,7 +116,7 @@ def relative_position(box, target):
     """
     corners, of_target = np.reshape(box[:4], (2, 2)), np.reshape(target[:4], (2, 2))  # two points (x, y) each
     offset = corners.mean(axis=0) - of_target.mean(axis=0)
-    margin = POSITION_MARGIN * (np.abs(corners[1] - corners[0]) + np.abs(of_target[1] - of_target[0]))
+    margin = 0.1 * (np.abs(corners[1] - corners[0]) + np.abs(of_target[1] - of_target[0]))
     beyond = np.maximum(np.abs(offset) - margin, 0) * np.sign(offset)
     if (np.abs(beyond) < 1e-3).all():
         return set()
@@ -182,7 +176,7 @@ def scaled_size(image, settings):
         height, width = settings.size
         return dict(height=height, width=width)
     width, height = image.size
-    scale = min(settings.short_side / min(width, height), settings.long_side / max(width, height))
+    scale = min(SHORT_SIDE / min(width, height), LONG_SIDE / max(width, height))
     # In multiples of 32, so that nothing is padded.
     return {side: max(1, round(n * scale / 32)) * 32 for side, n in (("height", height), ("width", width))}
 
@@ -191,11 +185,8 @@ def largest_part(mask):
     """The largest connected part of a mask, (H, W) of bool."""
     from scipy import ndimage
 
-    labels, count = ndimage.label(mask)
-    if count < 2:
-        return mask
-    sizes = np.bincount(labels.ravel())[1:]  # without what is outside of the mask
-    return labels == 1 + sizes.argmax()
+    labels, _ = ndimage.label(mask)  # 1, 2, ... in the mask, 0 outside of it
+    return mask & (labels == np.bincount(labels[mask], minlength=1).argmax())
 
 
 def box_of(mask):
@@ -216,9 +207,9 @@ def load_detector(name, settings):
 
     processor = from_hub(AutoImageProcessor, name)
     model = model_from_hub(Mask2FormerForUniversalSegmentation, name)
-    labels, classes = model.config.num_labels, settings.classes
-    if labels != len(classes):
-        raise BadInput(f"{name}: has {labels} labels; expected a geneval.json with them, not {len(classes)}")
+    labels, classes = model.config.num_labels, len(settings.classes)
+    if labels != classes:
+        raise BadInput(f"{name}: has {labels} labels; expected a geneval.json with them, not {classes}")
 
     @torch.no_grad()
     def detect(image, threshold):
@@ -237,7 +228,7 @@ def load_detector(name, settings):
         scores = sure[queries, labels] * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
         objects = {}
         for index in scores.argsort(descending=True).tolist():
-            found = objects.setdefault(classes[labels[index]], [])
+            found = objects.setdefault(settings.classes[labels[index]], [])
             if scores[index] > threshold and len(found) < MOST_OBJECTS:
                 mask = inside[index].cpu().numpy()
                 found.append(((*box_of(mask), scores[index].item()), mask))
@@ -294,8 +285,7 @@ def load(strict=False, detector=DETECTOR, clip=CLIP):
     judge = judge_by(detector, clip)
 
     def reward(images, prompts, metadata):
-        verdicts = [judge(image, about) for image, about in zip(images, metadata, strict=True)]
-        return [float(correct) if strict else score for correct, score in verdicts]
+        return [float(correct) if strict else score for correct, score in map(judge, images, metadata)]
 
     return reward
 

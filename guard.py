@@ -931,7 +931,7 @@ def load_lora(transformer, file):
         weights = load_file(file)
         transformer.load_lora_adapter(file, adapter_name="default", use_safetensors=True)
         params = [p.requires_grad_() for name, p in transformer.named_parameters() if "lora_" in name]
-        require(len(params) == len(weights), "is of other layers")  # diffusers skips what does not fit
+        require(0 < len(params) == len(weights), "is of other layers")  # diffusers skips what does not fit
         require(all(p.isfinite().all() for p in params), "is not finite")
     except Exception as error:  # the libraries raise many kinds for a file that is no such LoRA
         wanted = "expected the safetensors of a LoRA of this transformer, as diffusers saves them"

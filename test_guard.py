@@ -317,18 +317,18 @@ def test_the_weight_of_each_step(method, sde):
         torch.testing.assert_close(v_new.grad, w * eps / 512)
 
 
-def test_guards_weights_have_twice_the_signal_of_flow_grpos():
-    """The table of `reweighting`: sum(w s) / sqrt(sum(w²)). And the largest w, divided by the smallest."""
-    schedule = guard.make_schedule(sd3_sigmas(), ETA, "flow")[:-1]
-    s = np.array([step.s for step in schedule])
-    for method, signal, spread in (("flow-grpo", 0.66, 26), ("rationorm", 0.87, 8.4), ("guard", 1.31, 1.25)):
-        w = []
-        for step in schedule:
-            of_ratio = abs(step.b) / (step.s if method == "flow-grpo" else 1)
-            w.append(of_ratio * guard.reweighting(step, ETA, "flow", method))
+@pytest.mark.parametrize("sde, eta, expected", [
+    ("flow", 0.7, (0.66, 0.87, 1.31, 1.43)), ("cps", 0.7, (0.04, 1.15, 1.66, 1.84)),
+    ("dance", 0.3, (0.30, 0.28, 0.28, 0.30))])
+def test_the_signal_to_noise_ratios_of_the_weights(sde, eta, expected):
+    """The table of `reweighting`: sum(w s) / sqrt(sum(w²)) of Flow-GRPO, RatioNorm, Guard and the best."""
+    schedule = guard.make_schedule(sd3_sigmas(), eta, sde)[:-1]
+    s, b = (np.array([getattr(step, name) for step in schedule]) for name in "sb")
+    of_guard = [abs(step.b) * guard.reweighting(step, eta, sde, "guard") for step in schedule]
+    for w, signal in zip((abs(b) / s, abs(b), of_guard, s), expected, strict=True):
         assert np.dot(w, s) / np.linalg.norm(w) == pytest.approx(signal, abs=0.01)
-        assert max(w) / min(w) == pytest.approx(spread, rel=0.05)
-    assert np.linalg.norm(s) == pytest.approx(1.43, abs=0.01)
+    if sde == "flow":  # |b| varies 8-fold over the steps, |b| / s 26-fold
+        assert [np.ptp(np.log(-w)) for w in (b, b / s)] == pytest.approx(np.log([8.4, 26]), abs=0.02)
 
 
 def test_advantages_compare_with_the_own_group_and_dead_groups_have_none():

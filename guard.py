@@ -1061,7 +1061,9 @@ def main():
         if args:
             say(f"stopped; {args.run_dir}/lora-* stay; to go on: python guard.py --resume {args.run_dir}")
         os._exit(130)
-    except Exception:
+    except (Exception, SystemExit):
+        if args is None:  # --help, or a fault in reading the command line
+            raise
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # without waiting for a reward that hangs, or for the other ranks

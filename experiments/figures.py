@@ -1,6 +1,6 @@
 """The figures and the tables of experiments/README.md, from the files in experiments/results alone.
 
-    python experiments/figures.py    # writes figures/{long,problem,places,snr}.png, prints the tables
+    python experiments/figures.py    # writes figures/{long,problem,snr}.png, prints the tables
 
 The CSVs are written by run.py, snr.py and ratio.py. An error is a standard error over seeds unless said.
 """
@@ -33,7 +33,6 @@ LONG = {  # setting -> name, and line in the figure; the first four are drawn, i
 }
 DRAWN, NO_CLIP = list(LONG)[:4], list(LONG)[4:]
 SAMPLERS = ("flow on tiny/sd3", "cps on tiny/sd3", "flow on tiny/flux", "dance on tiny/flux")
-PLACES = "lr 0.002, 8 updates an epoch, seed 21"
 PUSH = "guard, lr 0.00067, 2 updates an epoch, seed 21"
 PARTS = ("colour", "frame", "pattern", "content")
 TASKS = (("OCR", "ocr", "reward"), ("GenEval, partial", "geneval", "reward"),
@@ -306,24 +305,6 @@ def draw_long():
     return figure
 
 
-def rows_of_ratio(method):
-    return [row for row in read("ratio") if row["run"] == f"{method}, {PLACES}"]
-
-
-def draw_band(axis, x, rows, colour, label):
-    low, median, high = ([float(row[key]) for row in rows] for key in ("q10", "median", "q90"))
-    axis.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
-    axis.plot(x, median, "o-", ms=4, color=colour, label=label)
-
-
-def show_range(axis, limit):
-    axis.axhspan(-1, 1, color="gray", alpha=0.2, lw=0)
-    axis.axhline(0, color="black", lw=0.6)
-    axis.set_yscale("symlog", linthresh=1, linscale=1)
-    axis.set_yticks([-10, -1, 0, 1, 10], ["-10", "-1", "0", "1", "10"])
-    axis.set_ylim(-limit, limit)
-
-
 def draw_problem():
     """Exact densities of the log ratio at SD3.5's size, a row a step, if v moves alike at all steps."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -346,27 +327,6 @@ def draw_problem():
                 axis.text(place, i + 0.1, f" {share:.0%} ", ha=side, fontsize=8)
         axis.set(title=title, xlim=(-widest, widest), xlabel="log ratio / clip range")
     axes[0].set(ylabel="denoising step, noisiest first", yticks=range(9), yticklabels=range(1, 10))
-    return figure
-
-
-def draw_places():
-    """The last step by an update's place in its epoch; and the shift beside sqrt(KL/2)."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    methods = (("flow-grpo", "Flow-GRPO"), ("mean-revised", "mean-revised"))
-    for axis, (method, name) in zip(axes, methods, strict=False):
-        last = max(int(row["step"]) for row in rows_of_ratio(method))
-        for samples, colour in (("good", "tab:green"), ("bad", "tab:purple")):
-            rows = [r for r in rows_of_ratio(method) if r["samples"] == samples and int(r["step"]) == last]
-            draw_band(axis, [int(row["place"]) + 1 for row in rows], rows, colour, f"{samples} images")
-        show_range(axis, 10)
-        axis.set(title=f"{name}, last trained step", xlabel="update of the epoch")
-    axes[0].set_ylabel("(ratio - 1) / clip")
-    axes[0].legend(loc="lower left", fontsize=8)
-    rows = [row for row in rows_of_ratio("flow-grpo") if row["samples"] == "good" and row["place"] != "0"]
-    foretold = np.sqrt([float(row["kl"]) / 2 for row in rows])
-    axes[2].plot(foretold, [-float(row["shift"]) for row in rows], ".", color="tab:red")
-    axes[2].plot([0, foretold.max()], [0, foretold.max()], "k-", lw=0.8)
-    axes[2].set(xlabel="sqrt(KL/2)", title="left shift, in standard deviations")
     return figure
 
 
@@ -397,7 +357,7 @@ def tables():
 
 
 def main(folder=HERE / "figures"):
-    for draw, dpi in ((draw_long, 110), (draw_problem, 110), (draw_places, 130), (draw_snr, 120)):
+    for draw, dpi in ((draw_long, 110), (draw_problem, 110), (draw_snr, 120)):
         figure = draw()
         figure.savefig(folder / f"{draw.__name__.removeprefix('draw_')}.png", dpi=dpi)
         plt.close(figure)

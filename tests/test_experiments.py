@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent.parent
 def test_figures_are_drawn_from_the_csvs(tmp_path):
     figures.main(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"long.png", "problem.png", "places.png", "snr.png"}
+    assert names == {"long.png", "problem.png", "snr.png"}
 
 
 def test_the_tables_of_the_page_are_those_of_the_csvs():

@@ -24,14 +24,16 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 RUNS, RESULTS = HERE.parent / "runs" / "study", HERE / "results"
 TASKS = ("ocr", "geneval", "pickscore")
-OCR = "--task ocr --model tiny/sd3 --eval_prompts 128"
+OCR = "--task ocr --model tiny/sd3 --eval_every 5 --eval_prompts 128"
 LONG = f"{OCR} --epochs 50"
 SHORT = f"{OCR} --epochs 20"
 TWO = f"{SHORT} --eval_every 2 --lr 2e-3"  # 40 updates
+DEFAULT = {"ocr": "--task ocr --lr 6.7e-4 --epochs 10 --eval_every 5",  # guard.json has other numbers now
+           "geneval": "--task geneval", "pickscore": "--task pickscore"}  # fmt: skip
 EIGHT = f"{OCR} --epochs 12 --eval_every 1 --updates_per_epoch 8 --lr 2e-3"  # 96 updates
 FLUX = "--task ocr --model tiny/flux --sde flow --epochs 20 --eval_every 2 --eval_prompts 128 --lr 2e-3"
 PICKSCORE = "--task pickscore --model tiny/sd3 --epochs 10 --eval_every 1 --eval_prompts 128 --lr 2e-3"
-DANCE = "--task ocr --model tiny/flux --sde dance --lr 6.7e-4 --epochs 10 --eval_prompts 128"
+DANCE = f"{DEFAULT['ocr']} --model tiny/flux --sde dance --eval_prompts 128"
 TABLE = {task: f"--task {task} --epochs {epochs} --eval_every {every} --eval_prompts 128"  # 40 updates each
          for task, epochs, every in (("ocr", 20, 5), ("geneval", 10, 2), ("pickscore", 10, 2))}
 FLAGS = {f"{method}-{lr}": f"--method {method} --lr {lr}"
@@ -47,6 +49,7 @@ FLAGS |= {
     "flow-grpo-1.4e-3-1e-5": "--method flow-grpo --lr 1.4e-3 --clip 1e-5",
     "mean-revised-1e-5": "--method mean-revised --clip 1e-5",
 }
+GUARD_LR = {"ocr": "6.7e-4", "geneval": "1e-3", "pickscore": "1e-3"}
 RIVALS = ("flow-grpo-1e-4", "flow-grpo-1e-5", "guard")
 
 
@@ -55,7 +58,7 @@ def settings(prefix, flags, *names):
 
 
 GROUPS = {  # group -> seeds, and name of a setting -> flags
-    "default": ((0, 1, 2), {f"{task}-{model}": f"--task {task} --model tiny/{model}"
+    "default": ((0, 1, 2), {f"{task}-{model}": f"{DEFAULT[task]} --model tiny/{model}"
                             for task in TASKS for model in ("sd3", "flux")}),
     "dance": ((21, 22, 23), {f"dance-{method}-{noise}": f"{DANCE} --method {method} --same_noise {same}"
                              for method in ("guard", "flow-grpo")
@@ -67,9 +70,10 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
                                 for method in ("temp-reweight", "mean-revised", "rationorm")}),
     "shift": ((21, 22, 23), settings("shift", SHORT, "mean-revised-2e-3")),
     "table": ((21, 22, 23), {f"table-{task}-{model}-{method}":
-                             f"{TABLE[task]} --model tiny/{model} --sde {sde} --method {method}"
+                             f"{TABLE[task]} --model tiny/{model} --sde {sde} --method {method} --lr {lr}"
                              for task in TASKS for model, sde in (("sd3", "flow"), ("flux", "dance"))
-                             for method in ("flow-grpo", "guard") if (task, model) != ("ocr", "sd3")}),
+                             for method, lr in (("flow-grpo", "2e-3"), ("guard", GUARD_LR[task]))
+                             if (task, model) != ("ocr", "sd3")}),
     "kl": ((21, 22, 23), settings("kl", f"{SHORT} --kl_beta 0.1", "guard-6.7e-4", "flow-grpo-2e-3")),
     "long": ((21, 22, 23), settings("long", LONG, "flow-grpo-2e-3", "guard-6.7e-4", "flow-grpo-6.7e-4",
                                     "guard-2e-3", "guard-6.7e-4-noclip", "flow-grpo-2e-3-noclip",

@@ -96,6 +96,7 @@ def test_what_a_run_leaves(whole):
         "config.json", "metrics.jsonl", "state.pt", *(f"{lora}/{name}" for lora in loras for name in of_lora)}
     zero, three, six, nine = ((whole / lora / of_lora[0]).read_bytes() for lora in loras)
     assert zero == three == six != nine  # the average moves at the 8th update
+    assert len({(whole / name).stat().st_mode for name in files}) == 1  # others can read the LoRA too
     state = state_of(whole)
     assert not torch.equal(state["average"], state["params"])
 

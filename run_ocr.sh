@@ -56,9 +56,10 @@ if [ "$processes" -le 1 ]; then
     python guard.py "$@"
 else
     # torchrun, without the forty lines that it prints after the one of a process that ends with an error
-    LOGLEVEL=CRITICAL python -c 'import sys
+    python -c 'import logging, sys
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+logging.disable(logging.CRITICAL)
 try:
     main()
 except ChildFailedError as error:

@@ -96,7 +96,7 @@ def draw_curves(runs):
     ratio.set_yscale("symlog", linthresh=1)
     ratio.yaxis.set_major_formatter("{x:g}")
     blocked.set_title("samples that the clip blocks, %:\nthe more, the harder it brakes")
-    blocked.set_ylim(0, max(1, 1.1 * blocked.dataLim.ymax))
+    blocked.set_ylim(bottom=0)
     steps = f"denoising step, noisiest first; last {EPOCHS} epochs without their first update"
     for axis, label in zip(axes.flat, ("updates", "updates", steps, steps), strict=True):
         axis.set_xlabel(label)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline
 
 from scorers import geneval
 from tiny import cards, check, make
@@ -86,9 +84,8 @@ def test_the_content_of_words():
 
 
 def test_bad_prompts_and_pictures_are_refused():
-    for prompt in ('a red card with spots that says "CAT"', "a red card with dots that shows five stars"):
-        with pytest.raises(ValueError, match="not a card's prompt"):
-            tiny_rewards.gold.check(prompt, {})
+    with pytest.raises(ValueError, match="not a card's prompt"):
+        tiny_rewards.gold.check('a red card with spots that says "CAT"', {})
     with pytest.raises(ValueError, match="expected a"):
         tiny_rewards.geneval.check("a dog", {"tag": "colors", "include": [{"class": "dog", "count": 1}]})
     with pytest.raises(ValueError, match="64 x 32"):
@@ -145,13 +142,11 @@ def test_the_preference_model_prefers_the_louder_card():
     assert np.mean(np.array(loud) > np.array(faint)) >= 0.85
 
 
-@pytest.mark.parametrize("name, kind", [("sd3", StableDiffusion3Pipeline), ("flux", FluxPipeline)])
-def test_plain_diffusers_draws_cards(name, kind):
+@pytest.mark.parametrize("model", ["sd3", "flux"])
+def test_plain_diffusers_draws_cards(model):
     """The base models, with room for a reward to improve them."""
-    pipe = make.pipeline(name)
-    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    assert isinstance(pipe, kind) and all(module.dtype == torch.float32 for module in modules)
     prompts = cards.shape_splits()[1][:24]
-    images, metadata = make.draw(pipe, prompts, seed=0), [cards.metadata_of(cards.parse(p)) for p in prompts]
+    images = make.draw(make.pipeline(model), prompts, seed=0)
+    metadata = [cards.metadata_of(cards.parse(prompt)) for prompt in prompts]
     assert 0.1 < np.mean(tiny_rewards.geneval()(images, prompts, metadata)) < 0.7
     assert np.mean(tiny_rewards.colour()(images, prompts, metadata)) > 0.9

@@ -105,7 +105,7 @@ def long(*settings):
 
 def readme_table():
     """The rows of the figure, for the first page."""
-    return curves_table("run", (20, 100), long(*DRAWN))
+    return curves_table("run", (100,), long(*DRAWN))
 
 
 def long_table():
@@ -187,8 +187,9 @@ def tests_table():
     return table(["planned comparison", "seeds", "difference", "p", "p, Holm"], rows)
 
 
-def snr_table(methods=("flow-grpo", "rationorm", "guard")):
+def snr_table():
     """Signal-to-noise ratios as shares of that of w = s: predicted, and measured ± jackknife error."""
+    methods = ("flow-grpo", "rationorm", "guard")
     rows = []
     for sampler in SAMPLERS:
         found = {row["weights"]: row for row in read("snr") if row["run"] == f"{sampler}, seed 21"}

@@ -28,7 +28,6 @@ def test_the_tables_of_the_page_are_those_of_the_csvs():
     for table in figures.tables():
         assert table in page
     assert figures.readme_table() in first_page
-    assert figures.snr_table(("flow-grpo", "guard")) in first_page
 
 
 def test_signal_to_noise_is_that_of_the_gradients():

@@ -77,8 +77,8 @@ def test_the_first_updates_are_the_committed_ones(tmp_path):
     assert second["excess_std"] == pytest.approx([1.02730e-4, 3.34126e-4, 7.61206e-4], rel=1e-2)
     assert (second["live"], second["clip_high"]) == (8, [0.5, 0.625, 0.75])
     assert second["blocked"] == [0.5, 0.25, 0.5]
-    run(tmp_path / "presets", small.replace("--lr 2e-3 --clip 1.796875e-7", ""))
-    _, second = lines_of(tmp_path / "presets", "update")
+    run(tmp_path / "slower", small.replace("--lr 2e-3 --clip 1.796875e-7", "--lr 6.7e-4"))
+    _, second = lines_of(tmp_path / "slower", "update")
     assert second["clip"] == pytest.approx(2e-6 * 65536 / 512)
     assert second["excess_std"] == pytest.approx([3.42963e-5, 1.11915e-4, 2.56945e-4], rel=1e-2)
     assert second["blocked"] == [0, 0, 0.25]

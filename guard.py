@@ -695,14 +695,13 @@ def parse_args(argv=None):
     args = Args(**vars(parser.parse_args(argv)))
     args.gold = [name for name in args.gold if name != "none"]
     if args.resume:
-        fixed = defaults.keys() - {*MAY_CHANGE, "resume"}
-        other = ", ".join(sorted(name for name in fixed if defaults[name] != getattr(args, name)))
+        other = {name for name in defaults if defaults[name] != getattr(args, name)} - {*MAY_CHANGE, "resume"}
         how = f"a new run, with --init_lora {args.resume}, can have another"
-        require(not other, f"--resume {args.resume}: keeps its own {other}; {how}")
+        require(not other, f"--resume {args.resume}: keeps its own {', '.join(sorted(other))}; {how}")
     if args.init_lora and not args.resume:
         args.init_lora = str(find_lora(Path(args.init_lora)))
-    args.run_dir = args.resume or args.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")
-    args.run_dir = str(Path(args.run_dir).expanduser())  # a shell leaves the ~ of --run_dir=~/x
+    # A shell leaves the ~ of --run_dir=~/x to us.
+    args.run_dir = str(Path(args.resume or args.run_dir or time.strftime("runs/%Y%m%d-%H%M%S")).expanduser())
     check(args)
     return args
 

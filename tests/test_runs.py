@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -125,6 +126,23 @@ def test_the_saved_lora_draws_in_plain_diffusers_what_the_evaluation_drew(whole)
         assert np.abs(np.array(Image.open(folder / "samples.png"), int) - theirs).max() <= 2
         drawn.append(theirs)
     assert np.abs(drawn[0] - drawn[1]).max() >= 10
+
+
+def test_the_readmes_snippets_run_as_they_stand(whole, tmp_path, monkeypatch):
+    fix, use, reward = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    v_new, v_old, eps = torch.randn(3, 2, 8, dtype=torch.float64)
+    names = dict(v_new=v_new, v_old=v_old, eps=eps, b=-0.1, s=0.3, dt=0.1, mean=guard.mean)
+    exec(fix, names)
+    for name, method in (("log_r_flow", "flow-grpo"), ("log_r_guard", "guard")):
+        torch.testing.assert_close(names[name], guard.log_ratio(v_new, v_old, eps, -0.1, 0.3, method))
+    exec(reward, names)
+    assert names["load_brightness"]()([Image.new("RGB", (8, 8), "white")], ["a"], [{}]) == [1]
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "runs/first/lora-000012").symlink_to(whole / "lora-000009")
+    (tmp_path / "tiny").symlink_to(HERE / "tiny")
+    monkeypatch.chdir(tmp_path)
+    exec(use, {})
+    assert Image.open("cat.png").size == (64, 32)
 
 
 def test_a_run_can_start_from_the_lora_of_another(whole, tmp_path):

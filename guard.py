@@ -7,13 +7,13 @@ the log of the importance ratio of new and old policy is centred below 0, and it
 many times over from one denoising step to another. So the clip almost never stops a good sample from above,
 the reward goes on rising, and the pictures go bad. GRPO-Guard changes two equations:
 
-    RatioNorm     log r^ = s (log r + mean(d²) / (2 s²)) = mean(d eps)          in `log_ratio`
+    RatioNorm     log r_guard = s (log r + mean(d²) / (2 s²)) = mean(d eps)     in `log_ratio`
     reweighting   a step's objective is multiplied by delta, 1 / dt for `flow`  in `reweighting`
 
 In this project's own runs, on small models, a lower learning rate did most to keep the pictures from going
 bad. At a high rate Guard kept more quality than Flow-GRPO, and at a low one it learned faster. Its weights
-of the steps give an update the better signal-to-noise ratio (with the samplers `flow` and `cps`: see
-`reweighting`), and its clip stops good samples as it stops bad ones.
+give an update a better signal-to-noise ratio (with the samplers `flow` and `cps`: see `reweighting`), and its
+clip stops good samples as often as bad ones.
 
 One epoch, as in the loop of `train`:
 
@@ -39,7 +39,7 @@ So a narrow clip is a brake, and with a very narrow one the second update pushes
 
 Symbols, the same in all of the file; mean(...) in an equation is over the D dimensions of one sample:
 
-    here    in the paper                                       here    shapes
+    here    meaning, and the paper's symbol                    here    shapes
     sigma   t, the noise level, from 1 (noise) to 0 (image)    B       samples that the model sees at once
     g       sigma_t, the noise rate                            G       group size, samples per prompt
     s       sigma_t sqrt(dt), a step's standard deviation      T       trained steps: those with noise, s > 0
@@ -51,12 +51,12 @@ Symbols, the same in all of the file; mean(...) in an equation is over the D dim
     a, b    of every sampler: mu = a x + b v,                  A       advantage
             x_next = mu + s eps, d = b (v_new - v_old)         excess  ratio - 1 = expm1(log_ratio)
 
-The paper's equations, by our notes on its version 2, not checked against the PDF:
+The paper's equations. Their numbers are from our notes on its version 2, not checked against the PDF:
 
-    Eq. 6   log-probability of a step   `log_prob`      number by our notes alone
-    Eq. 7   Flow-GRPO's ratio           `log_ratio`     number by our notes alone
-    Eq. 8   RatioNorm                   `log_ratio`     another project (TeleBoost) numbers it so too
-    Eq. 12  objective with delta        `update`        another project (TeleBoost) numbers it so too
+    Eq. 6   log-probability of a step   `log_prob`
+    Eq. 7   Flow-GRPO's ratio           `log_ratio`
+    Eq. 8   RatioNorm                   `log_ratio`     TeleBoost, another project, has this number too
+    Eq. 12  objective with delta        `update`        this one too
 
 Many processes: the batches of an epoch are dealt out to the ranks, and scores, gradients and what is logged
 are summed over the ranks. Neither weights nor batches are sent. Each rank draws the same LoRA, takes the
@@ -119,10 +119,10 @@ def sde_coefficients(sigma: float, sigma_next: float, eta: float, sde: str) -> t
     1 >= sigma > sigma_next >= 0; eta: noise level, 0 or more (cps: at most 1). sde: "flow" (Flow-GRPO, arXiv
     2505.05470), "dance" (DanceGRPO, arXiv 2505.07818) or "cps" (Flow-CPS, arXiv 2509.05952). Without noise,
     and at sigma_next = 0, each is the Euler step of diffusers' FlowMatchEulerDiscreteScheduler: (1, -dt, 0).
-    With noise, raises ValueError for another sde.
+    Raises ValueError for another sde.
 
     Departure: the last step has no noise, so it is not trained. Flow-GRPO's pipelines add noise there too,
-    and decode it; DanceGRPO's, like this one, do not.
+    and decode the noisy latents; DanceGRPO's, like this one, do not.
     """
     dt = sigma - sigma_next
     if eta == 0 or sigma_next == 0:
@@ -150,7 +150,7 @@ Step = namedtuple("Step", "sigma dt a b s")
 
 
 def make_schedule(sigmas, eta, sde, noisy=None) -> list[Step]:
-    """n + 1 sigmas -> n steps. noisy: indices of those with noise, all unless given; the last has none."""
+    """n + 1 sigmas -> n steps. noisy: indices of the steps with noise, or None for all but the last."""
     schedule = []
     for i, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
         level = eta if noisy is None or i in noisy else 0.0
@@ -187,7 +187,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
     So log r is centred sqrt(KL / 2) of its standard deviations below 0: the left shift. A log-probability
     that is a sum over D has the same shift. What differs is the expected ratio: E[r] = 1 for a sum, where a
-    few large ratios make up for it, and E[r] = exp(KL / D² - KL / D) < 1 for a mean.
+    few large ratios make up for the shift, and E[r] = exp(KL / D² - KL / D) < 1 for a mean.
 
     The clip. A range on a mean over D is D times as wide on the sum. At D = 65,536:
 
@@ -204,18 +204,20 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
         Guard, clip 2e-6          above       16%      38%      43%      45%      47%
                                   below       16%      38%      43%      45%      47%
 
-    So Flow-GRPO's range almost never stops a good sample from above. Eq. 8 leaves the shift out and
-    multiplies by s. If v moves alike at all steps, its standard deviation goes as |b|, which varies 8-fold
-    over the steps of SD3.5; that of Eq. 7 goes as |b| / s, 26-fold. So one range comes closer to fitting all
-    steps. exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along the noise
-    that was drawn, and serves as a trust region.
+    So Flow-GRPO's range almost never stops a good sample from above.
+
+    Eq. 8 leaves the shift out and multiplies by s. If v moves alike at all steps, the standard deviation of
+    Eq. 8 goes as |b|, which varies 8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s,
+    26-fold. So one range comes closer to fitting all steps. (With `dance` it is the other way round: 7.5-fold
+    and 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along the
+    noise that was drawn, and serves as a trust region.
 
     To keep the nats at another D, `update` multiplies the range by 65,536 / D.
 
     Departure: the authors subtract two log-probabilities, which in fp32 loses 5 % of Guard's range. Here the
     difference is written out, and is exactly 0 when v is unchanged. (A transformer that computes in fp16 or
-    bf16 rounds v by more than that.) Departure: each sample has its own shift; the authors' code averages it
-    over the batch.
+    bf16 rounds v, which moves the ratio by more.) Departure: each sample has its own shift; the authors'
+    code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
     if method in ("rationorm", "guard"):
@@ -229,25 +231,27 @@ def reweighting(step: Step, eta: float, sde: str, method: str) -> float:
     """delta, the weight of a step's objective.
 
     The gradient of Eq. 8 with respect to v_new is b eps / D. So without delta a step counts in proportion to
-    |b|. Guard's delta is (1 + eta²/2) / |b|, which makes all steps count alike. With `flow` that is the
-    paper's 1 / dt, since |b| = (1 + eta²/2) dt. But at the first step |b| = dt, so with 1 / dt it counts a
-    little less. With `dance` and `cps` |b| is not proportional to dt. Departure: for DanceGRPO TeleBoost has
+    |b|. Guard's delta is (1 + eta²/2) / |b|, which makes all steps count alike. (A factor that all steps
+    share hardly matters, since Adam divides by it.) With `flow` that is the paper's 1 / dt, since
+    |b| = (1 + eta²/2) dt. But at the first step |b| = dt, so with 1 / dt it counts 1 / (1 + eta²/2) as much.
+    With `dance` and `cps` |b| is not proportional to dt. Departure: for DanceGRPO TeleBoost has
     (1 + eta² (1 - sigma) / (2 sigma)) / dt.
 
-    Why it helps. A step's noise should count for as much as the reward says about it, which is little where
-    the noise is small. The best weight is w = s, and Guard's constant weight comes near:
+    Why it helps. A step should count for as much as its noise affects the reward, which is little where the
+    noise is small. The best weight is w = s, and Guard's comes near:
 
         an update is the sum over the steps of w A eps, with a step's weight w
         signal: E[A eps] = s times the gradient of the expected advantage with respect to x_next (Stein)
         noise: A eps has size 1 at every step
         signal-to-noise ratio of the sum: sum(w s) / sqrt(sum(w²)), at most sqrt(sum(s²))
 
-    The last line assumes that this gradient, and what the LoRA does to v, are alike at all steps. On SD3.5:
+    This assumes that the gradient of the expected advantage, and what the LoRA does to v, are alike at all
+    steps. On SD3.5:
 
-                    Flow-GRPO, w = |b| / s    RatioNorm, w = |b|    Guard, w constant    best, w = s
-        `flow`      0.66                      0.87                  1.31                 1.43
-        `cps`       0.04                      1.15                  1.66                 1.84
-        `dance`     0.30                      0.28                  0.28                 0.30
+                    Flow-GRPO, w = |b| / s    RatioNorm, w = |b|    Guard, w = delta |b|    best, w = s
+        `flow`      0.66                      0.87                  1.31                    1.43
+        `cps`       0.04                      1.15                  1.66                    1.84
+        `dance`     0.30                      0.28                  0.28                    0.30
 
     What was measured on the small models is in experiments/README.md.
     """
@@ -268,7 +272,7 @@ def advantages(scores: torch.Tensor) -> torch.Tensor:
     """
     deviation = scores.std(1, unbiased=False, keepdim=True)
     normalised = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-4)
-    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # not deviation > 0, which is rounded
+    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # exact, as the deviation is not
     return torch.where(live, normalised.clamp(-5, 5), 0.0)
 
 
@@ -286,12 +290,12 @@ def train(args):
     backbone = load_backbone(args)
     learner = Learner(backbone, args)
     start = open_run(learner, args, training_set + held_out)
-    updates = args.updates_per_epoch
+    per_epoch = args.updates_per_epoch
     bar = tqdm(range(start, args.epochs), initial=start, total=args.epochs, desc="epoch", disable=RANK > 0)
     for epoch in bar:
         # 0. Evaluate on held-out prompts, here and after the last epoch.
         if epoch % args.eval_every == 0:
-            evaluate(backbone, learner, args, held_out, judges, epoch * updates)
+            evaluate(backbone, learner, args, held_out, judges, epoch * per_epoch)
         # 1. Sample: G images per prompt, batch by batch.
         times = [time.perf_counter()]
         schedule = make_schedule(backbone.sigmas(args.steps), args.eta, args.sde, noisy_steps(args, epoch))
@@ -304,20 +308,20 @@ def train(args):
         # 3. Advantage: each image against its group.
         A = advantages(scores)  # (groups, G)
         # 4. Update: each on its own groups. The second's ratios say how far the first has moved the model.
-        groups_of_updates = torch.arange(args.groups).view(updates, -1).tolist()
-        for k, group_ids in enumerate(groups_of_updates):
+        for k, group_ids in enumerate(torch.arange(args.groups).view(per_epoch, -1).tolist()):
             line, _ = update(backbone, learner, args, schedule, batches, A, group_ids)
-            done = epoch * updates + k + 1
+            done = epoch * per_epoch + k + 1
             learner.update_average(done, args.ema_decay)
-            log(args, kind="update", epoch=epoch, update=done, first=k == 0, **line)
-            if done == start * updates + 1 and max(line["excess_std"] or [0]) > 0.1 * line["clip"]:
+            log(args, kind="update", epoch=epoch, update=done, first=(k == 0), **line)
+            off = (line["excess_mean"] or []) + (line["excess_std"] or [])  # null if no sample is live
+            if epoch == start and k == 0 and any(abs(x) > 0.1 * line["clip"] for x in off):
                 say("the first ratios are not 1 but off by more than a tenth of --clip; try another --dtype")
         times.append(time.perf_counter())
         # 5. Save, before the evaluation, so that a gold score that fails costs no epoch.
         log_rollout(args, epoch, scores, times)
         bar.set_postfix_str(f"training reward {scores.mean():.3f}")
         save_state(learner, args, epoch + 1)
-    evaluate(backbone, learner, args, held_out, judges, args.epochs * updates)
+    evaluate(backbone, learner, args, held_out, judges, args.epochs * per_epoch)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -348,7 +352,8 @@ EVALUATION, ORDER, WINDOW = 2**40, 2**40 + 1, 2**40 + 2
 def prompts_of_epoch(args, epoch, training_set):
     """The epoch's prompts. All of the set are dealt out in a random order, then all again in another one."""
     size, first = len(training_set), epoch * args.groups
-    places = [divmod(n, size) for n in range(first, first + args.groups)]  # (which order, place in it)
+    # Of a set of 50, prompt 70 of the run is the one at place 20 of order 1.
+    places = [divmod(n, size) for n in range(first, first + args.groups)]
     orders = {which: rng(args.seed, ORDER, which).permutation(size) for which, _ in places}
     return [training_set[orders[which][place]] for which, place in places]
 
@@ -361,8 +366,8 @@ def noisy_steps(args, epoch):
     trains 60 % of the steps, drawn per sample.
     """
     window = args.sde_window or args.steps - 1
-    start = int(rng(args.seed, WINDOW, epoch).integers(max(args.steps // 2 - window, 0) + 1))
-    return range(start, start + window)
+    first = int(rng(args.seed, WINDOW, epoch).integers(max(args.steps // 2 - window, 0) + 1))
+    return range(first, first + window)
 
 
 def sample(backbone, schedule, embeddings, keys, same_noise=False):
@@ -411,6 +416,7 @@ def rollout(backbone, args, schedule, prompts, group_size, epoch, judges):
     for numbers in tqdm(my_batches, desc="sample", leave=False, disable=RANK > 0):
         texts, metadata = zip(*(prompts[number // group_size] for number in numbers), strict=True)
         keys = [(args.seed, epoch, *divmod(number, group_size)) for number in numbers]
+        # Of the tokens, (B, L, E), and pooled, (B, E).
         of_batch = [torch.cat(parts) for parts in zip(*(embeddings[text] for text in texts), strict=True)]
         x, kept = sample(backbone, schedule, of_batch, keys, args.same_noise)
         images = backbone.decode(x)
@@ -420,7 +426,7 @@ def rollout(backbone, args, schedule, prompts, group_size, epoch, judges):
 
 
 def start_thread():
-    if ON_GPU:  # the device is each thread's own; on a stream of its own it does not wait for the sampling
+    if ON_GPU:  # each thread has its device; with a stream of its own it does not wait for the sampling
         torch.cuda.set_device(DEVICE)
         torch.cuda.set_stream(torch.cuda.Stream())
 
@@ -428,7 +434,7 @@ def start_thread():
 THREAD = ThreadPoolExecutor(1, initializer=start_thread)  # computes rewards while the next batch is sampled
 
 
-@torch.no_grad()  # which is each thread's own
+@torch.no_grad()  # here, since each thread has its own mode
 def score(judges, images, texts, metadata):
     """(judges, B)"""
     return torch.tensor([judge(images, list(texts), list(metadata)) for judge in judges], dtype=torch.float64)
@@ -459,8 +465,8 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
     trained = [step for step in schedule if step.s > 0]  # T of them
     terms = len(group_ids) * args.group_size * len(trained)
     # Dead groups are skipped, unless they have the gradient of a KL.
-    learning = [group for group in group_ids if args.kl_beta or A[group].any()]
-    my_batches = [batch for batch in batches if batch.numbers[0] // args.group_size in learning]
+    used = [group for group in group_ids if args.kl_beta or A[group].any()]
+    my_batches = [batch for batch in batches if batch.numbers[0] // args.group_size in used]
     clip = args.clip * PAPER_D / math.prod(backbone.shape)  # see `log_ratio`
     measured = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, excess, KL of all samples
     for batch in tqdm(my_batches, desc="update", leave=False, disable=RANK > 0):
@@ -481,7 +487,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
                     v_base = backbone.velocity(x, step.sigma, batch.embeddings)
                     backbone.transformer.enable_adapters()
                 kl = mean((step.b * (v_new - v_base)) ** 2) / (2 * step.s**2)  # (B,) the step's KL / D
-                # Not weighted by delta. dt kl is the authors' mean(d²) / (2 g²) where s² = g² dt: not in cps.
+                # Not weighted by delta. dt kl = mean(d²) / (2 g²), as the authors have it, except in cps.
                 loss = loss + args.kl_beta * step.dt * kl
             learner.scaler.scale(loss.sum() / terms).backward()
             measured[:, batch.numbers, t] = torch.stack([loss, excess, kl]).detach().double().cpu()
@@ -501,7 +507,7 @@ def clip_statistics(excess, A, clip):
     live = A.any(1)
     excess, A = excess[live].flatten(0, 1), A[live].view(-1, 1)  # (samples, T), (samples, 1)
     high, low = excess > clip, excess < -clip
-    # PPO's minimum blocks these alone: beyond the range with A of the other sign a gradient passes.
+    # Beyond the range on the side of A the minimum has no gradient. Elsewhere gradients pass.
     blocked = (high & (A > 0)) | (low & (A < 0))
     shares = dict(clip_high=high, clip_low=low, blocked=blocked)
     deviation = (excess - excess.mean(0)).square().mean(0).sqrt()
@@ -520,8 +526,7 @@ class Learner:
         # hold. The scaler multiplies the loss by 2**24, by less once that overflows, and divides gradients.
         # Departure: the authors' frozen weights are fp32, under fp16 autocast.
         self.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, enabled=args.dtype == "float16")
-        # A rank without a live group has no backward pass, but joins in: its scale and gradients are made
-        # now.
+        # A rank without a live group runs no backward pass, but needs a scale and gradients for the sum.
         self.scaler.scale(torch.zeros((), device=DEVICE))
         for p in self.params:
             p.grad = torch.zeros_like(p)
@@ -574,7 +579,7 @@ class Learner:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 0. Evaluate
+# 0. Evaluate, now and then
 
 
 @torch.no_grad()
@@ -630,7 +635,7 @@ class Args:
     method: str = flag("guard", "log-ratio and weight of the steps", choices=METHODS)
     sde: str = flag("flow", "sampler of Flow-GRPO, DanceGRPO or Flow-CPS", choices=["flow", "dance", "cps"])
     same_noise: bool = flag(False, "a group starts from one initial noise, as in DanceGRPO")
-    sde_window: int | None = flag(None, "how many steps in a row have noise and are trained")
+    sde_window: int = flag(0, "how many steps in a row have noise and are trained; 0: all but the last")
     steps: int = flag(10, "denoising steps in training; the last has no noise")
     eval_steps: int = flag(40, "denoising steps in evaluation")
     eta: float = flag(0.7, "noise level of the sampler")
@@ -659,15 +664,13 @@ class Args:
     resume: str = flag(None, f"folder of a run to go on with; only {', '.join(MAY_CHANGE)} may change")
 
 
-# What differs from Args, by --task, --method and --sde. A later row wins, and so do the rows of guard.json,
-# which a model's own folder may hold. BACKBONES says which model has which table.
-BASELINE = dict(lr=3e-4, clip=1e-4)  # the methods with the ratio of Eq. 7
-SD3_ROWS = {
+# What differs from Args. The row of --sde wins over that of --method, that over --task's, and that over
+# "all". The rows in the guard.json of a model's own folder win over these. BACKBONES says which model has
+# which table.
+BASELINES = dict.fromkeys(("flow-grpo", "temp-reweight", "mean-revised"), dict(lr=3e-4, clip=1e-4))
+SD3_ROWS = BASELINES | {
     "geneval": dict(epochs=930),
     "pickscore": dict(epochs=510, clip=4e-6),
-    "flow-grpo": BASELINE,
-    "temp-reweight": BASELINE,
-    "mean-revised": BASELINE,
     "dance": dict(eta=0.3, same_noise=True),
 }
 FLUX_ROWS = SD3_ROWS | {
@@ -762,8 +765,7 @@ def check(args):
     G, updates, window = args.group_size, args.updates_per_epoch, args.sde_window
     require(G % args.micro_batch == 0, f"--micro_batch {args.micro_batch}: expected a divisor of {G}")
     require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
-    fits = window is None or 1 <= window < args.steps
-    require(fits, f"--sde_window {window}: expected 1 to {args.steps - 1}")
+    require(0 <= window < args.steps, f"--sde_window {window}: expected 1 to {args.steps - 1}, or 0 for all")
     require(args.sde != "cps" or args.eta <= 1, f"--eta {args.eta}: expected at most 1 with cps")
     moves = args.ema_decay == 0 or args.epochs == 0 or args.epochs * updates >= 8
     require(moves, f"--ema_decay {args.ema_decay}: first moves at update 8; in so short a run give 0")
@@ -815,7 +817,7 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. One by one: a batch rounds otherwise."""
+        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. A batch would round otherwise."""
         with offload_models(*self.encoders, device=DEVICE, offload=self.offload):
             return {prompt: [tensor.cpu() for tensor in self.embed(prompt)] for prompt in prompts}
 
@@ -904,7 +906,7 @@ def load_backbone(args):
         is_pointer = file.is_file() and file.stat().st_size < 200 and b"git-lfs" in file.read_bytes()
         require(not is_pointer, f"--model {args.model}: {file} is a Git LFS pointer; run `git lfs pull`")
     pipe = diffusers.DiffusionPipeline.from_pretrained(place, use_safetensors=True, dtype=dtypes)
-    for name, part in pipe.components.items():  # a tokenizer without its files is made up, of a few tokens
+    for name, part in pipe.components.items():  # without its files a tokenizer gets a made-up vocabulary
         require("tokenizer" not in name or len(part) > 20, f"--model {args.model}: {name} has no vocabulary")
     transformer = pipe.transformer.requires_grad_(False)
     if args.init_lora:
@@ -945,7 +947,7 @@ def open_run(learner, args, prompts):
     """Make the run's folder, or go on from its state.pt. Returns the epochs done, 0 in a new run.
 
     Every rank reads state.pt: on several machines --resume needs a disk that they share. metrics.jsonl is cut
-    back to it. Raises BadInput where they do not fit.
+    back to it. Raises BadInput if the run is longer than --epochs, or the ranks see different files.
     """
     folder, epoch, size = Path(args.run_dir), 0, 0
     checksum = zlib.crc32(json.dumps(prompts).encode())
@@ -1032,7 +1034,7 @@ def all_reduce(tensor):
 def say(text):
     if RANK == 0:
         tqdm.write(text)
-        sys.stdout.flush()  # os._exit would lose it
+        sys.stdout.flush()  # os._exit, in `main`, does not
 
 
 def main():
@@ -1048,7 +1050,7 @@ def main():
             f"{args.groups} prompts x {args.group_size} images an epoch, {args.run_dir}")
         if ON_GPU:
             torch.cuda.set_device(DEVICE)
-            torch.set_float32_matmul_precision("high")  # TF32 in the LoRA's matmuls; the ratio needs none
+            torch.set_float32_matmul_precision("high")  # TF32 in fp32 matmuls; the ratio has none
         if WORLD > 1:
             # Ranks that wait for another one's rewards wait longer than these may take.
             dist.init_process_group("nccl" if ON_GPU else "gloo", timeout=timedelta(hours=1))

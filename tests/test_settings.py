@@ -31,7 +31,7 @@ def make_model(folder, like="sd3", rows=None, **changes):
 
 OF_ALL = dict(
     height=512, width=512, group_size=24, groups=48, updates_per_epoch=2, lora_rank=32, lora_alpha=64,
-    kl_beta=0.0, ema_decay=0.9, eval_every=30, sde="flow", same_noise=False, sde_window=None, gold=[])
+    kl_beta=0.0, ema_decay=0.9, eval_every=30, sde="flow", same_noise=False, sde_window=0, gold=[])
 OF_MODEL = dict(
     sd3=dict(steps=10, eval_steps=40, eta=0.7, guidance=4.5, dtype="float16"),
     flux=dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, dtype="bfloat16", grad_checkpoint=True))

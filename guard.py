@@ -673,7 +673,7 @@ SD3_ROWS = BASELINES | {
     "pickscore": dict(epochs=510, clip=4e-6),
     "dance": dict(eta=0.3, same_noise=True),
 }
-FLUX_ROWS = SD3_ROWS | {
+FLUX_ROWS = SD3_ROWS | {  # its lr has no primary source
     "all": dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16",
                 grad_checkpoint=True),
     "ocr": dict(epochs=270),

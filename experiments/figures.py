@@ -104,8 +104,10 @@ def long(*settings):
 
 
 def readme_table():
-    """The rows of the figure, for the first page."""
-    return curves_table("run", (100,), long(*DRAWN))
+    """Some columns of `ranges`, for the first page."""
+    columns, rows = ranges()
+    columns, *rows = ([row[0], row[2], *row[4:6]] for row in (columns, *rows))
+    return table(columns, rows)
 
 
 def long_table():
@@ -161,6 +163,41 @@ def changes_at_equal_gain(*runs, last=40):
     equal = min(gain.max() for gain, _ in curves)
     gains, changes = ([curve[i][-1] for curve in curves] for i in (0, 1))
     return *gains, *changes, *(at(equal, *curve) for curve in curves)
+
+
+RANGES = {  # at one rate, 2e-3, and two updates an epoch
+    "Flow-GRPO, clip 1e-4": "two-flow-grpo-1e-4",
+    "Flow-GRPO, clip 1e-5": "two-flow-grpo-1e-5",
+    "Guard, clip 2e-6": "two-guard",
+}
+
+
+def ranges():
+    """Columns and rows of method and clip range: speed, gold at one gain and at the end, shares outside."""
+    rows = []
+    for name, runs in at_common_seeds(RANGES).items():
+        curves = [[column_of(run, key) for key in ("update", "reward", "gold")] for run in runs.values()]
+        speed = [at(0.3, reward - reward[0], update) for update, reward, _ in curves]
+        then = [at(0.3, reward - reward[0], gold) for _, reward, gold in curves]
+        ends = [[curve[i][-1] for curve in curves] for i in (1, 2)]
+        steps = [row for row in read("updates") if row["run"].startswith(f"{RANGES[name]}-s")]
+        shares = [statistics.mean(float(row[side]) for row in steps) for side in ("clip_high", "clip_low")]
+        cells = [mean_and_error(speed, 1), *(mean_and_error(values) for values in (then, *ends))]
+        rows.append([name, str(len(runs)), *cells, *(f"{share:.1%}" for share in shares)])
+    columns = ["run, lr 2e-3", "seeds", "updates to a gain of 0.3", "gold then"]
+    return [*columns, "reward 40", "gold 40", "above the range", "below"], rows
+
+
+def ranges_tests():
+    """The two planned comparisons of these runs: difference paired by seed, and p before any correction."""
+    wide, narrow, guard = ({seed: float(run[40]["gold"]) for seed, run in runs.items()}
+                           for runs in at_common_seeds(RANGES).values())
+    rows = []
+    for name, first in (("Guard", guard), ("Flow-GRPO at 1e-5", narrow)):
+        a, b = (np.array([runs[seed] for seed in wide]) for runs in (first, wide))
+        p = f"{ttest_rel(a, b).pvalue:.3f}"
+        rows.append([f"{name} less Flow-GRPO at 1e-4", str(len(a)), mean_and_error(a - b, 3, "+"), p])
+    return table(["gold 40", "seeds", "difference", "p, uncorrected"], rows)
 
 
 def tests_table():
@@ -351,8 +388,8 @@ def draw_snr():
 
 def tables():
     return [
-        long_table(), snr_table(), clip_table(), no_clip_table(), sides_table(), shift_table(),
-        tests_table(), ablation_table(), kl_table(), paper_table(),
+        table(*ranges()), ranges_tests(), long_table(), snr_table(), clip_table(), no_clip_table(),
+        sides_table(), shift_table(), tests_table(), ablation_table(), kl_table(), paper_table(),
         before_and_after_table(DEFAULT), parts_table(), before_and_after_table(DANCE),
     ]  # fmt: skip
 

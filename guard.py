@@ -629,7 +629,7 @@ class Args:
 
     task: str = flag("ocr", "what to learn", choices=["ocr", "geneval", "pickscore"])
     reward: str = flag(None, "name in rewards.py, module:function or URL; the task's own unless given")
-    gold: list[str] = field(default_factory=list, metadata={"help": "rewards that are only logged, or none"})
+    gold: list[str] = field(default_factory=list, metadata={"help": "list of rewards only logged, or none"})
     prompts: str = flag(None, "file, or folder in Flow-GRPO's layout; the task's own unless given")
     model: str = flag("stabilityai/stable-diffusion-3.5-medium", "hub id or folder")
     method: str = flag("guard", "log-ratio and weight of the steps", choices=METHODS)
@@ -754,14 +754,18 @@ def find_lora(path):
 
 
 # Lower bounds of the flags that would otherwise fail late or in silence.
-LEAST = dict(steps=2, group_size=2, micro_batch=1, updates_per_epoch=1, eta=1e-3, clip=0, kl_beta=0,
-             ema_decay=0, lora_alpha=1, epochs=0, eval_every=1, eval_prompts=1)
+LEAST = dict(steps=2, eval_steps=1, group_size=2, groups=1, micro_batch=1, updates_per_epoch=1, epochs=0,
+             eta=1e-3, guidance=0, height=16, width=16, lr=0, clip=0, kl_beta=0, ema_decay=0, lora_rank=1,
+             lora_alpha=1, eval_every=1, eval_prompts=1, seed=0)  # fmt: skip
 
 
 def check(args):
     """Raise BadInput for what would go wrong late or in silence. Other nonsense soon fails by itself."""
     for name, least in LEAST.items():
-        require(getattr(args, name) >= least, f"--{name} {getattr(args, name)}: expected {least} or more")
+        value = getattr(args, name)
+        require(least <= value < math.inf, f"--{name} {value}: expected {least} or more")
+    are_set = {name in os.environ for name in ("RANK", "WORLD_SIZE")}
+    require(len(are_set) == 1 and RANK < WORLD, "RANK or WORLD_SIZE is left over: unset it")
     G, updates, window = args.group_size, args.updates_per_epoch, args.sde_window
     require(G % args.micro_batch == 0, f"--micro_batch {args.micro_batch}: expected a divisor of {G}")
     require(args.groups % updates == 0, f"--groups {args.groups}: expected a multiple of {updates}")
@@ -797,7 +801,8 @@ class SD3:
     """Stable Diffusion 3 and 3.5 of any size, from a loaded StableDiffusion3Pipeline.
 
     Another backbone is a class like Flux, which overrides what differs of `embed`, `sigmas` and `velocity`,
-    and an entry of BACKBONES with its presets. LORA_TARGETS must fit the names of its attention layers.
+    and an entry of BACKBONES with its presets. LORA_TARGETS must fit the names of its attention layers. The
+    pipeline's class must be an attribute of diffusers: where it is not, `diffusers.MyPipeline = MyPipeline`.
     Raises BadInput for a size in pixels that the model cannot take.
     """
 
@@ -958,11 +963,15 @@ def open_run(learner, args, prompts):
         with open(folder / "metrics.jsonl") as metrics:
             if json.loads(metrics.readline())["prompts"] != checksum:
                 say(f"--resume {folder}: the prompts of {args.prompts} have changed since this run began")
+    elif args.resume:
+        say(f"--resume {folder}: has no state.pt yet, so it begins again")
     require(epoch <= args.epochs, f"--epochs {args.epochs}: the run has {epoch} behind it")
     is_same = all_reduce(torch.tensor(epoch, device=DEVICE)) == WORLD * epoch
     require(is_same, f"--resume {folder}: the processes see other files; they need a shared disk")
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume:  # of two runs that start in one folder one ends here
+            (folder / "metrics.jsonl").touch(exist_ok=False)
         (folder / "config.partial").write_text(json.dumps(asdict(args), indent=2) + "\n")
         (folder / "config.partial").replace(folder / "config.json")
         with open(folder / "metrics.jsonl", "a") as metrics:
@@ -1059,7 +1068,7 @@ def main():
         print(f"guard.py: error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:
-        if args:
+        if args and Path(args.run_dir).exists():
             say(f"stopped; {args.run_dir}/lora-* stay; to go on: python guard.py --resume {args.run_dir}")
         os._exit(130)
     except (Exception, SystemExit):

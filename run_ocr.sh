@@ -48,7 +48,7 @@ if [ -z "$resumed" ]; then
     set -- --task ocr "$@"
 fi
 if [ "$processes" -eq 0 ]; then
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
     processes=$((cores >= 4 ? 4 : cores >= 2 ? 2 : 1))
     export OMP_NUM_THREADS=1
 fi
@@ -57,12 +57,17 @@ if [ "$processes" -le 1 ]; then
 else
     # torchrun, without the forty lines that it prints after the one of a process that ends with an error
     python -c 'import logging, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 logging.disable(logging.CRITICAL)
 try:
     main()
 except ChildFailedError as error:
-    sys.exit(error.get_first_failure()[1].exitcode)' --standalone --nproc_per_node="$processes" guard.py "$@"
+    sys.exit(error.get_first_failure()[1].exitcode)
+except SignalException:
+    sys.exit(130)' --standalone --nproc_per_node="$processes" guard.py "$@"
 fi
-python experiments/plot.py "$folder"
+if [ -e "$folder/metrics.jsonl" ]; then  # not after --help
+    python experiments/plot.py "$folder"
+fi

@@ -204,15 +204,12 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
         Guard, clip 2e-6          above       16%      38%      43%      45%      47%
                                   below       16%      38%      43%      45%      47%
 
-    So Flow-GRPO's range almost never stops a good sample from above.
-
-    Eq. 8 leaves the shift out and multiplies by s. If v moves alike at all steps, the standard deviation of
-    Eq. 8 goes as |b|, which varies 8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s,
-    26-fold. So one range comes closer to fitting all steps. (With `dance` it is the other way round: 7.5-fold
-    and 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along the
-    noise that was drawn, and serves as a trust region.
-
-    To keep the nats at another D, `update` multiplies the range by 65,536 / D.
+    So Flow-GRPO's range almost never stops a good sample from above. Eq. 8 leaves the shift out and
+    multiplies by s. If v moves alike at all steps, the standard deviation of Eq. 8 goes as |b|, which varies
+    8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s, 26-fold. So one range comes
+    closer to fitting all steps. (With `dance` it is the other way round: 7.5-fold and 2.9-fold.) exp(Eq. 8)
+    is no importance ratio any more: it measures how far the new mean lies along the noise that was drawn,
+    and serves as a trust region. To keep the nats at another D, `update` multiplies the range by 65,536 / D.
 
     Departure: the authors subtract two log-probabilities, which in fp32 loses 5 % of Guard's range. Here the
     difference is written out, and is exactly 0 when v is unchanged. (A transformer that computes in fp16 or

@@ -180,7 +180,8 @@ def ranges():
         speed = [at(0.3, reward - reward[0], update) for update, reward, _ in curves]
         then = [at(0.3, reward - reward[0], gold) for _, reward, gold in curves]
         ends = [[curve[i][-1] for curve in curves] for i in (1, 2)]
-        steps = [row for row in read("updates") if row["run"].startswith(f"{RANGES[name]}-s")]
+        names = {f"{RANGES[name]}-s{seed}" for seed in runs}
+        steps = [row for row in read("updates") if row["run"] in names]
         shares = [statistics.mean(float(row[side]) for row in steps) for side in ("clip_high", "clip_low")]
         cells = [mean_and_error(speed, 1), *(mean_and_error(values) for values in (then, *ends))]
         rows.append([name, str(len(runs)), *cells, *(f"{share:.1%}" for share in shares)])

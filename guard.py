@@ -967,12 +967,11 @@ def open_run(learner, args, prompts):
     require(is_same, f"--resume {folder}: the processes see other files; they need a shared disk")
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:  # of two runs that start in one folder one ends here
-            (folder / "metrics.jsonl").touch(exist_ok=False)
+        mode = "a" if args.resume else "x"  # x: of two runs that start in one folder one ends here
+        with open(folder / "metrics.jsonl", mode) as metrics:
+            metrics.truncate(size)
         (folder / "config.partial").write_text(json.dumps(asdict(args), indent=2) + "\n")
         (folder / "config.partial").replace(folder / "config.json")
-        with open(folder / "metrics.jsonl", "a") as metrics:
-            metrics.truncate(size)
     versions = {part.__name__: part.__version__ for part in (torch, diffusers, transformers, peft)}
     log(args, kind="start", versions=versions, processes=WORLD, device=str(DEVICE), prompts=checksum)
     return epoch

@@ -154,15 +154,14 @@ def collect():
     names = [name for name in names if is_done(name)]
     write(RESULTS / "evals.csv", [row for name in names for row in evaluations_of(name)])
     write(RESULTS / "updates.csv", [row for name in names for row in updates_of(name)])
-    for task in TASKS:
+    for task in ("geneval", "pickscore"):
         if f"{task}-sd3-s0" in names:
             pages = [make_image_grid(pictures(f"{task}-sd3-s0", end, 128), 4, 4) for end in (0, -1)]
             make_image_grid(pages, 1, 2).save(HERE / "figures" / f"{task}.png")
-    drawn = ("guard-6.7e-4", "flow-grpo-2e-3", "guard-2e-3", "flow-grpo-6.7e-4")
-    runs = [f"long-{name}-s21" for name in drawn]
+    runs = [f"long-{name}-s22" for name in ("flow-grpo-2e-3", "guard-2e-3", "flow-grpo-2e-3-1e-5")]
     if set(runs) <= set(names):  # rows of eight cards: before training, and after 100 updates
         rows = [pictures(runs[0], 0, 64)[:8], *(pictures(run, -1, 64)[:8] for run in runs)]
-        make_image_grid(sum(rows, []), 5, 8).save(RESULTS / "cards.png")
+        make_image_grid(sum(rows, []), 4, 8).save(RESULTS / "cards.png")
 
 
 def pictures(name, end, width):

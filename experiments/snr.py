@@ -6,9 +6,11 @@ It draws one epoch's groups of images. Of each group and trained step it takes t
 weight w = 1 for the step's eps. The signal is the mean gradient. Its square is estimated from products of
 different groups alone, so that noise does not add to it. The noise is what a group's gradient has beside it.
 
-It writes a row for each step, of its own ratio, and for each method, of the weighted sum of the steps: the
-predicted ratio, up to a factor; the measured one of a group; the measured one as a share of that of w = s;
-and the jackknife errors over groups of these two.
+It writes a row for each step, of its own ratio, and for each method, of the weighted sum of the steps. Ratios
+are squared, since the root of a small number has no useful error. `noise` is a step's, 1 on average. `measured`
+is the ratio of a group, `share` that as a share of that of w = s; both have a jackknife error over groups. As
+shares of that of w = s, too: `predicted`, the square of sum(w s) / sqrt(sum(w²)), and `with_noise`, that of
+sum(w s) / sqrt(sum(w² noise²)).
 """
 
 import sys
@@ -28,9 +30,9 @@ def gradients(args):
     backbone = guard.load_backbone(args)
     params = guard.Learner(backbone, args).params
     schedule = guard.make_schedule(backbone.sigmas(args.steps), args.eta, args.sde)
-    prompts = guard.prompts_of_epoch(args, 0, guard.read_prompt_sets(args)[0])
-    judges = guard.load_judges(args)[:1]
-    batches = guard.rollout(backbone, args, schedule, prompts, args.group_size, 0, judges)
+    training_set, _, judges = guard.load_task(args)
+    prompts = guard.prompts_of_epoch(args, 0, training_set)
+    batches = guard.rollout(backbone, args, schedule, prompts, args.group_size, 0, judges[:1])
     A = guard.advantages(guard.collect(batches, 1, args.groups * args.group_size).view(args.groups, -1))
     trained = [step for step in schedule if step.s > 0]
     rows = []
@@ -43,13 +45,23 @@ def gradients(args):
     return torch.stack(rows).unflatten(0, (args.groups, len(trained))), trained
 
 
-def signal_to_noise(products, weights):
-    """products (n, n, T, T) of two groups' and steps' gradients, weights (T,) of the steps -> a ratio."""
+def signal_and_noise(products, weights):
+    """The squares of both, of products (n, n, T, T) of two groups' and steps' gradients, weighted (T,)."""
     n = len(products)
     of_groups = np.einsum("ijtu,t,u->ij", products, weights, weights)
     same = np.trace(of_groups) / n
     signal = (of_groups.sum() - n * same) / (n * (n - 1))
-    return np.sign(signal) * np.sqrt(abs(signal) / (same - signal))
+    return signal, same - signal
+
+
+def measured(products, weights):
+    signal, noise = signal_and_noise(products, weights)
+    return signal / noise
+
+
+def predicted(weights, s, noise):
+    """Up to a factor, where a step's gradient is s in signal and noise in noise."""
+    return (weights @ s) ** 2 / (weights**2 @ noise**2)
 
 
 def with_error(statistic, products):
@@ -70,16 +82,17 @@ def main():
     delta = [guard.reweighting(step, args.eta, args.sde, "guard") for step in trained]
     weights = {str(t): np.eye(T)[t] for t in range(T)}
     weights |= {"flow-grpo": abs(b) / s, "rationorm": abs(b), "guard": abs(b) * delta, "snr": s}
+    noise = np.array([signal_and_noise(products, weights[str(t)])[1] for t in range(T)]) ** 0.5
+    noise /= noise.mean()
     rows = []
     for name, w in weights.items():
-        measured, error = with_error(lambda part, w=w: signal_to_noise(part, w), products)
-        share, share_error = with_error(
-            lambda part, w=w: signal_to_noise(part, w) / signal_to_noise(part, s), products
-        )
-        values = dict(predicted=(w * s).sum() / np.sqrt((w**2).sum()), measured=measured, error=error,
-                      share=share, share_error=share_error)
-        about = dict(run=f"{args.sde} on {args.model}, seed {args.seed}", groups=args.groups, weights=name)
-        rows.append(about | {key: float(value) for key, value in values.items()})
+        row = dict(run=f"{args.sde} on {args.model}, seed {args.seed}", groups=args.groups, weights=name)
+        row["noise"] = float(noise[int(name)]) if name.isdigit() else ""
+        for column, of_steps in (("predicted", np.ones(T)), ("with_noise", noise)):
+            row[column] = float(predicted(w, s, of_steps) / predicted(s, s, of_steps))
+        row["measured"], row["error"] = with_error(lambda part, w=w: measured(part, w), products)
+        share = with_error(lambda part, w=w: measured(part, w) / measured(part, s), products)
+        rows.append(row | dict(zip(("share", "share_error"), share, strict=True)))
     write(RESULTS / "snr.csv", rows)
 
 

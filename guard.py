@@ -17,7 +17,8 @@ learned the fastest. Its weights give an update a better signal-to-noise ratio (
 
 One epoch, as in the loop of `train`:
 
-    0. evaluate    now and then: held-out prompts by the ODE sampler, the reward, gold scores only watched
+    0. evaluate    now and then: held-out prompts by the ODE sampler; the reward, and other rewards, `gold`,
+                   that are only watched
     1. sample      per prompt, G images with the SDE sampler; keep x, v and eps of every trained step
     2. reward      score the images, on a thread, while the next ones are being sampled
     3. advantage   A = (reward - average of its group) / (standard deviation of its group)
@@ -56,7 +57,7 @@ The paper's equations. Their numbers are from our notes on its version 2, not ch
     Eq. 6   log-probability of a step   `log_prob`
     Eq. 7   Flow-GRPO's ratio           `log_ratio`
     Eq. 8   RatioNorm                   `log_ratio`     TeleBoost, another project, has this number too
-    Eq. 12  objective with delta        `update`        this one too
+    Eq. 12  objective with delta        `update`        TeleBoost too
 
 Many processes: the batches of an epoch are dealt out to the ranks, and scores, gradients and what is logged
 are summed over the ranks. Neither weights nor batches are sent. Each rank draws the same LoRA, takes the
@@ -166,7 +167,7 @@ def mean(x):
 def log_prob(x_next: torch.Tensor, mu: torch.Tensor, s: float) -> torch.Tensor:
     """Log-density of a step under N(mu, s²), a mean over D and not a sum: Eq. 6.
 
-    So it is the usual log-density divided by D, and so are log-ratios and the clip ranges that fit them.
+    So it is the usual log-density divided by D. Log-ratios are too, and clip ranges have to fit that.
     x_next, mu: (B, ...) -> (B,), in their dtype. Training does not call it: see `log_ratio`.
     """
     return mean(-((x_next - mu) ** 2) / (2 * s**2) - math.log(s) - 0.5 * math.log(2 * math.pi))
@@ -191,7 +192,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
     The clip. A range on a mean over D is D times as wide on the sum. At D = 65,536:
 
-        Flow-GRPO, 1e-4      6.6 nats
+        Flow-GRPO, 1e-4      6.6 nats, or 0.66 with 1e-5
         Guard, 2e-6          0.131 / s nats, since Eq. 8 has the factor s: over the trained steps of SD3.5
                              `flow` 0.2 to 0.6, `dance` 0.8 to 2.2, `cps` 0.2 to 0.5 and 16.5 at the last
 
@@ -201,10 +202,13 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
         shift / standard deviation            0.2      0.7      1.2      1.9      3.2
         Flow-GRPO, clip 1e-4      above         0        0   <0.01%    0.01%   <0.01%
                                   below         0   <0.01%       7%      55%      99%
+        Flow-GRPO, clip 1e-5      above        5%      12%       7%       2%    0.04%
+                                  below       11%      60%      83%      96%     100%
         Guard, clip 2e-6          above       16%      38%      43%      45%      47%
                                   below       16%      38%      43%      45%      47%
 
-    So Flow-GRPO's range almost never stops a good sample from above. Eq. 8 leaves the shift out and
+    So Flow-GRPO's usual range almost never stops a good sample from above: it is so wide that once ratios
+    reach it the shift has moved them below. A narrow one stops some. Eq. 8 leaves the shift out and
     multiplies by s. If v moves alike at all steps, the standard deviation of Eq. 8 goes as |b|, which varies
     8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s, 26-fold. So one range comes
     closer to fitting all steps. (With `dance` it is the other way round: 7.5-fold and 2.9-fold.) exp(Eq. 8)
@@ -252,7 +256,7 @@ def reweighting(step: Step, eta: float, sde: str, method: str) -> float:
 
     What was measured on the small models is in experiments/README.md.
     """
-    if method == "temp-reweight":  # a method of the paper's ablation
+    if method == "temp-reweight":  # of the paper's ablation: with Eq. 7 it makes w = |b|, as RatioNorm does
         return step.s
     if method != "guard":
         return 1.0
@@ -269,7 +273,7 @@ def advantages(scores: torch.Tensor) -> torch.Tensor:
     """
     deviation = scores.std(1, unbiased=False, keepdim=True)
     normalised = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-4)
-    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # exact, as the deviation is not
+    live = scores.amax(1, keepdim=True) > scores.amin(1, keepdim=True)  # exact; the deviation is not
     return torch.where(live, normalised.clamp(-5, 5), 0.0)
 
 
@@ -297,7 +301,7 @@ def train(args):
         times = [time.perf_counter()]
         schedule = make_schedule(backbone.sigmas(args.steps), args.eta, args.sde, noisy_steps(args, epoch))
         prompts = prompts_of_epoch(args, epoch, training_set)
-        batches = rollout(backbone, args, schedule, prompts, args.group_size, epoch, judges[:1])
+        batches = rollout(backbone, args, schedule, prompts, args.group_size, epoch, judges[:1])  # the reward
         times.append(time.perf_counter())
         # 2. Reward: wait for what the thread has not scored yet.
         scores = collect(batches, 1, args.groups * args.group_size).view(args.groups, args.group_size)
@@ -312,7 +316,7 @@ def train(args):
             log(args, kind="update", epoch=epoch, update=done, first=(k == 0), **line)
             off = (line["excess_mean"] or []) + (line["excess_std"] or [])  # null if no sample is live
             if epoch == start and k == 0 and any(abs(x) > 0.1 * line["clip"] for x in off):
-                say("the first ratios are not 1 but off by more than a tenth of --clip; try another --dtype")
+                say("the first ratios are off 1 by more than a tenth of the clip range; try another --dtype")
         times.append(time.perf_counter())
         # 5. Save, before the evaluation, so that a gold score that fails costs no epoch.
         log_rollout(args, epoch, scores, times)
@@ -494,7 +498,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
     loss, excess, kl = measured[:, group_ids]
     line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl.mean((0, 1)))
     line |= clip_statistics(excess, A[group_ids], clip)
-    # JSON has no NaN, which a mean over no live sample is: null in its place.
+    # null, since JSON has no NaN, a mean over no live sample, and no infinity, a norm that overflowed
     line = {name: value.tolist() if value.isfinite().all() else None for name, value in line.items()}
     return line | dict(clip=clip, scale=learner.scaler.get_scale()), excess
 
@@ -597,7 +601,8 @@ def evaluate(backbone, learner, args, prompts, judges, updates):
     names = ["reward", *(judge.name for judge in judges[1:])]
     means = dict(zip(names, scores.mean(1).tolist(), strict=True))
     say(f"update {updates}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
-    log(args, kind="eval", update=updates, prompts=len(prompts), reward=means.pop("reward"), gold=means)
+    reward = means.pop("reward")
+    log(args, kind="eval", update=updates, prompts=len(prompts), reward=reward, gold=means)
     if RANK == 0:
         images = [image.resize((256, 256 * image.height // image.width)) for image in batches[0].images]
         diffusers.utils.make_image_grid(images, 1, len(images)).save(folder / "samples.png")
@@ -819,7 +824,7 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. A batch would round otherwise."""
+        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. In a batch they would round differently."""
         with offload_models(*self.encoders, device=DEVICE, offload=self.offload):
             return {prompt: [tensor.cpu() for tensor in self.embed(prompt)] for prompt in prompts}
 

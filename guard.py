@@ -824,7 +824,7 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. In a batch they would round differently."""
+        """prompt -> its embeddings (1, L, E) and (1, E), on the CPU. In batches they round differently."""
         with offload_models(*self.encoders, device=DEVICE, offload=self.offload):
             return {prompt: [tensor.cpu() for tensor in self.embed(prompt)] for prompt in prompts}
 

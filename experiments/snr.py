@@ -9,7 +9,7 @@ different groups alone, so that noise does not add to it. The noise is what a gr
 It writes a row for each step, of its own ratio, and for each method, of the weighted sum of the steps. Ratios
 are squared, since the root of a small number has no useful error. `noise` is a step's, 1 on average.
 `measured` is the ratio of a group, `share` that as a share of that of w = s; both have a jackknife error over
-groups. As shares of that of w = s, too: `predicted`, the square of sum(w s) / sqrt(sum(w²)), and `with_noise`,
+groups. As shares of that of w = s, too: `predicted`, the square of sum(w s) / sqrt(sum(w²)), `with_noise`,
 that of sum(w s) / sqrt(sum(w² noise²)).
 """
 

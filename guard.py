@@ -105,7 +105,8 @@ from rewards import BadInput
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
-METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard")
+METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard", "guard-shift", "guard-mask")
+MASK_KL = 0.655  # nats of a step, for `guard-mask`: Flow-DPPO's 1e-5 on a mean over D = 65,536
 PAPER_D = 16 * 64 * 64  # 65,536, dimensions of a latent in the paper: 16 channels, 512 x 512 pixels
 REWARD_TIMEOUT = 600  # seconds that the rewards of a batch may take
 
@@ -221,6 +222,8 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
+    if method in ("guard-shift", "guard-mask"):
+        return mean(d * eps) - mean(d**2) / (2 * s)  # s times Eq. 7
     if method in ("rationorm", "guard"):
         return mean(d * eps)  # Eq. 8
     if method == "mean-revised":
@@ -258,7 +261,7 @@ def reweighting(step: Step, eta: float, sde: str, method: str) -> float:
     """
     if method == "temp-reweight":  # of the paper's ablation: with Eq. 7 it makes w = |b|, as RatioNorm does
         return step.s
-    if method != "guard":
+    if not method.startswith("guard"):
         return 1.0
     if sde == "flow":
         return 1 / step.dt
@@ -469,7 +472,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
     used = [group for group in group_ids if args.kl_beta or A[group].any()]
     my_batches = [batch for batch in batches if batch.numbers[0] // args.group_size in used]
     clip = args.clip * PAPER_D / math.prod(backbone.shape)  # see `log_ratio`
-    measured = torch.zeros(3, A.numel(), len(trained), dtype=torch.float64)  # loss, excess, KL of all samples
+    measured = torch.zeros(4, A.numel(), len(trained), dtype=torch.float64)  # of all samples, see below
     for batch in tqdm(my_batches, desc="update", leave=False, disable=RANK > 0):
         advantage = A.flatten()[batch.numbers].float().to(DEVICE)  # (B,)
         for t, step in enumerate(trained):
@@ -479,7 +482,11 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
             excess = torch.expm1(log_ratio(v_new, v_old, eps, step.b, step.s, args.method))  # (B,)
             delta = reweighting(step, args.eta, args.sde, args.method)
             # Eq. 12 has the ratio in place of excess: that adds delta A, which has no gradient.
-            clipped = excess.clamp(-clip, clip)
+            limit = torch.full_like(excess, clip)  # (B,)
+            if args.method == "guard-mask":  # no clip, but nothing passes that has moved so far
+                moved = ((step.b * (v_new - v_old)) ** 2).flatten(1).sum(1) / (2 * step.s**2)  # (B,) nats
+                limit = torch.where(moved < MASK_KL, torch.inf, 0.0)
+            clipped = excess.clamp(-limit, limit)
             loss = -delta * torch.minimum(excess * advantage, clipped * advantage)  # (B,) Eq. 12
             kl = torch.zeros_like(excess)
             if args.kl_beta:
@@ -491,23 +498,23 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
                 # Not weighted by delta. dt kl = mean(d²) / (2 g²), as the authors have it, except in cps.
                 loss = loss + args.kl_beta * step.dt * kl
             learner.scaler.scale(loss.sum() / terms).backward()
-            measured[:, batch.numbers, t] = torch.stack([loss, excess, kl]).detach().double().cpu()
+            measured[:, batch.numbers, t] = torch.stack([loss, excess, kl, limit]).detach().double().cpu()
     norm = learner.apply_gradients()
     # Each rank has filled in its own samples and left 0 for all others.
-    measured = all_reduce(measured.to(DEVICE)).cpu().unflatten(1, A.shape)  # (3, groups, G, T)
-    loss, excess, kl = measured[:, group_ids]
+    measured = all_reduce(measured.to(DEVICE)).cpu().unflatten(1, A.shape)  # (4, groups, G, T)
+    loss, excess, kl, limit = measured[:, group_ids]
     line = dict(loss=loss.sum() / terms, grad_norm=norm, kl=kl.mean((0, 1)))
-    line |= clip_statistics(excess, A[group_ids], clip)
+    line |= clip_statistics(excess, A[group_ids], limit)
     # null, since JSON has no NaN, a mean over no live sample, and no infinity, a norm that overflowed
     line = {name: value.tolist() if value.isfinite().all() else None for name, value in line.items()}
     return line | dict(clip=clip, scale=learner.scaler.get_scale()), excess
 
 
-def clip_statistics(excess, A, clip):
-    """Per trained step, of samples of live groups: see `log`. excess (groups, G, T), A (groups, G)."""
+def clip_statistics(excess, A, limit):
+    """Per trained step, of samples of live groups: see `log`. excess, limit (groups, G, T), A (groups, G)."""
     live = A.any(1)
-    excess, A = excess[live].flatten(0, 1), A[live].view(-1, 1)  # (samples, T), (samples, 1)
-    high, low = excess > clip, excess < -clip
+    excess, limit = excess[live].flatten(0, 1), limit[live].flatten(0, 1)  # (samples, T)
+    high, low, A = excess > limit, excess < -limit, A[live].view(-1, 1)
     # Beyond the range on the side of A the minimum has no gradient. Elsewhere gradients pass.
     blocked = (high & (A > 0)) | (low & (A < 0))
     shares = dict(clip_high=high, clip_low=low, blocked=blocked)

@@ -142,13 +142,15 @@ def test_flow_grpos_ratio_is_the_difference_of_log_probs(sde):  # Eq. 7
 def test_the_other_ratios_follow_from_it():
     v_new, v_old, eps = velocities()
     step = a_step()
-    raw, tempered, revised, norm, guarded = (
+    raw, tempered, revised, norm, guarded, shifted, masked = (
         guard.log_ratio(v_new, v_old, eps, step.b, step.s, method) for method in guard.METHODS)
     shift = ((step.b * (v_new - v_old)) ** 2).mean(1) / (2 * step.s**2)
     assert torch.equal(tempered, raw)
     torch.testing.assert_close(revised, raw + shift)
     torch.testing.assert_close(norm, step.s * (raw + shift))  # Eq. 8
     torch.testing.assert_close(guarded, norm)
+    torch.testing.assert_close(shifted, step.s * raw)
+    assert torch.equal(masked, shifted)
 
 
 @pytest.mark.parametrize("method", guard.METHODS)
@@ -278,6 +280,14 @@ def test_the_objective_is_ppos_with_delta():  # Eq. 12
     assert line["blocked"] == [1.0] and line["grad_norm"] == 0
 
 
+def test_the_mask_blocks_beyond_a_kl_and_has_no_clip():
+    """The step's KL is 4 (b (w - 1))² / (2 s²) = 0.72 (w - 1)² nats: 0.58 and 0.72 here."""
+    good, bad = ((1.0, 2.0),), ((-1.0, -2.0),)
+    for weight, A, blocked in ((0.1, good, 0), (0.0, good, 1), (0.0, bad, 0), (2.0, bad, 1), (2.0, good, 0)):
+        line = one_update(weight=weight, A=A, method="guard-mask")
+        assert line["blocked"] == [blocked] and (line["grad_norm"] == 0) == blocked
+
+
 def test_dead_groups_count_in_the_mean_of_the_loss_and_in_nothing_else():
     alone = one_update(weight=0.9, A=((1.0, 2.0),))
     line = one_update(weight=0.9, A=((0.0, 0.0), (1.0, 2.0)))
@@ -311,8 +321,8 @@ def test_the_weight_of_each_step(method, sde):
         excess = torch.expm1(guard.log_ratio(v_new, v_old, eps, step.b, step.s, method))
         (guard.reweighting(step, ETA, sde, method) * excess).sum().backward()
         w = {"flow-grpo": step.b / step.s, "temp-reweight": step.b, "mean-revised": step.b / step.s,
-             "rationorm": step.b, "guard": -(1 + ETA**2 / 2)}[method]
-        if (method, sde, step.sigma) == ("guard", "flow", 1):
+             "rationorm": step.b}.get(method, -(1 + ETA**2 / 2))
+        if method.startswith("guard") and (sde, step.sigma) == ("flow", 1):
             w = -1  # see `reweighting`
         torch.testing.assert_close(v_new.grad, w * eps / 512)
 
@@ -345,7 +355,7 @@ def test_the_clip_blocks_only_what_pushes_further_away():
     """A good sample above 1 + clip, a bad one below 1 - clip. Dead groups do not count."""
     excess = torch.tensor([[2.0, 2.0, -2.0, -2.0], [9.0, 9.0, 9.0, 9.0]], dtype=torch.float64)[..., None]
     A = torch.tensor([[1.0, -1.0, -1.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
-    line = guard.clip_statistics(excess, A, 1.0)
+    line = guard.clip_statistics(excess, A, torch.ones_like(excess))
     assert line["live"] == 4 and line["excess_mean"] == 0 and line["excess_std"] == 2
     assert (line["clip_high"], line["clip_low"], line["blocked"]) == (0.5, 0.5, 0.75)
 

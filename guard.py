@@ -11,9 +11,13 @@ the reward goes on rising, and the pictures go bad. GRPO-Guard changes two equat
     reweighting   a step's objective is multiplied by delta, 1 / dt for `flow`  in `reweighting`
 
 In this project's own runs, on small models, what kept the pictures from going bad was a low learning rate
-or, at a high one, a clip range narrow enough to act: Guard's, or a tenth of Flow-GRPO's usual one. Guard
-learned the fastest. Its weights give an update a better signal-to-noise ratio (with the samplers `flow` and
-`cps`: see `reweighting`).
+or, at a high one, a clip range narrow enough to act: Guard's, or a tenth of Flow-GRPO's usual one. At one
+rate Guard learned faster than either. Its weights give an update a better signal-to-noise ratio (with the
+samplers `flow` and `cps`: see `reweighting`).
+
+Two methods more are not the paper's. `guard-mask`, the fastest and, at equal reward, the one with the best
+pictures, has Guard's weights, but in place of the clip the mask of Flow-DPPO (arXiv 2606.11025): see
+`update`. `guard-shift` is Guard with the shift kept: see `log_ratio`.
 
 One epoch, as in the loop of `train`:
 
@@ -37,6 +41,7 @@ clipped. In the second it says how far the first update, on other images, has mo
     below 1 - clip    keeps its gradient, points back     blocked: it has moved far enough
 
 So a narrow clip is a brake, and with a very narrow one the second update pushes against the first.
+With `guard-mask` a sample has no range until its step's KL reaches 0.655 nats, and from then on one of 0.
 
 Symbols, the same in all of the file; mean(...) in an equation is over the D dimensions of one sample:
 
@@ -215,6 +220,10 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     closer to fitting all steps. (With `dance` it is the other way round: 7.5-fold and 2.9-fold.) exp(Eq. 8)
     is no importance ratio any more: it measures how far the new mean lies along the noise that was drawn,
     and serves as a trust region. To keep the nats at another D, `update` multiplies the range by 65,536 / D.
+
+    `guard-shift` and `guard-mask` take s times Eq. 7. Its gradient with respect to mu_new is
+    (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, and not only a
+    direction.
 
     Departure: the authors subtract two log-probabilities, which in fp32 loses 5 % of Guard's range. Here the
     difference is written out, and is exactly 0 when v is unchanged. (A transformer that computes in fp16 or
@@ -483,7 +492,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
             delta = reweighting(step, args.eta, args.sde, args.method)
             # Eq. 12 has the ratio in place of excess: that adds delta A, which has no gradient.
             limit = torch.full_like(excess, clip)  # (B,)
-            if args.method == "guard-mask":  # no clip, but nothing passes that has moved so far
+            if args.method == "guard-mask":  # a step that has moved so far may only move back
                 moved = ((step.b * (v_new - v_old)) ** 2).flatten(1).sum(1) / (2 * step.s**2)  # (B,) nats
                 limit = torch.where(moved < MASK_KL, torch.inf, 0.0)
             clipped = excess.clamp(-limit, limit)
@@ -1020,7 +1029,8 @@ def log(args, **line):
              grad_norm before it is clipped to 1; the scaler's scale; clip, the range at this D. Per trained
              step, noisiest first: kl to the base, in nats divided by D, of all samples, 0 unless it is in the
              loss; of the live ones excess_mean and excess_std, of ratio - 1; clip_high and clip_low, shares
-             beyond the clip range; blocked, the share whose gradient PPO blocks
+             beyond the clip range, or for guard-mask above and below 1 where the KL is reached; blocked,
+             the share that has no gradient
     eval     of so many held-out prompts after `update` updates: reward, gold
     """
     if RANK == 0:

@@ -89,7 +89,7 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
     "eight-variants": ((31, 32, 33), settings("eight", EIGHT, "flow-grpo-1e-4", "guard-5e-7")),
     "long-narrow": ((21, 22, 23), settings("long", LONG, "flow-grpo-2e-3-1e-5")),
     "long-noclip": ((22, 23), settings("long", LONG, "guard-2e-3-noclip")),
-    "long-pictures": ((22,), settings("long", LONG, "flow-grpo-2e-3", "guard-2e-3")),
+    "long-pictures": ((22,), settings("pictures", LONG, "flow-grpo-2e-3", "guard-2e-3")),
     "low": ((31, 32, 33), settings("low", f"{SHORT} --eval_every 2",
                                    "guard-6.7e-4", "flow-grpo-1.4e-3-1e-5")),
     "others": ((31, 32, 33), settings("flux", FLUX, *RIVALS) | settings("pickscore", PICKSCORE, *RIVALS)),
@@ -162,7 +162,7 @@ def collect():
         if f"{task}-sd3-s0" in names:
             pages = [make_image_grid(pictures(f"{task}-sd3-s0", end, 128), 4, 4) for end in (0, -1)]
             make_image_grid(pages, 1, 2).save(HERE / "figures" / f"{task}.png")
-    runs = [f"long-{name}-s22" for name in ("flow-grpo-2e-3", "guard-2e-3", "flow-grpo-2e-3-1e-5")]
+    runs = ["pictures-flow-grpo-2e-3-s22", "pictures-guard-2e-3-s22", "long-flow-grpo-2e-3-1e-5-s22"]
     if set(runs) <= set(names):  # rows of eight cards: before training, and after 100 updates
         rows = [pictures(runs[0], 0, 64)[:8], *(pictures(run, -1, 64)[:8] for run in runs)]
         make_image_grid(sum(rows, []), 4, 8).save(RESULTS / "cards.png")

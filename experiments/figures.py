@@ -324,17 +324,19 @@ def draw_long():
 
 
 def draw_parts():
-    """Gold lost against reward gained, a point an evaluation of every seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharex=True, sharey=True)
-    markers = dict(zip(PARTS, "osv^DP*X<", strict=True))
+    """Gold lost against reward gained: a point an evaluation of every seed, a line their mean."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharex=True, sharey=True)
     for axis, updates in zip(axes, ("two", "eight"), strict=True):
         for (_, *name), setting in parts(updates).items():
             runs = list(runs_of(setting).values())
-            gained = np.concatenate([gain(run) for run in runs])
-            lost = np.concatenate([run["gold"][0] - run["gold"] for run in runs])
+            gained = np.array([gain(run) for run in runs])
+            lost = np.array([run["gold"][0] - run["gold"] for run in runs])
             idle = np.mean([run["blocked"] for run in runs]) < 0.01
-            axis.scatter(gained, lost, s=14, lw=0, alpha=0.6, marker=markers[tuple(name)],
-                         color="tab:red" if idle else "tab:blue", label=", ".join(name))
+            place = list(PARTS).index(tuple(name)) / len(PARTS)
+            colour = plt.cm.autumn(place) if idle else plt.cm.viridis(place)
+            axis.plot(gained.ravel(), lost.ravel(), ".", ms=3, alpha=0.5, color=colour)
+            label = ", ".join(name).replace("`", "").replace("none", "no clip")
+            axis.plot(gained.mean(0), lost.mean(0), color=colour, lw=2, label=label)
         axis.set(xlabel="reward gained", title=f"{updates} updates an epoch")
         axis.legend(fontsize=8, loc="upper left")
     axes[0].set(ylabel="gold lost")

@@ -15,9 +15,10 @@ or, at a high one, a clip range narrow enough to act: Guard's, or a tenth of Flo
 rate Guard learned faster than either. Its weights give an update a better signal-to-noise ratio (with the
 samplers `flow` and `cps`: see `reweighting`).
 
-Two methods more are not the paper's. `guard-mask`, the fastest and, at equal reward, the one with the best
-pictures, has Guard's weights, but in place of the clip the mask of Flow-DPPO (arXiv 2606.11025): see
-`update`. `guard-shift` is Guard with the shift kept: see `log_ratio`.
+Two methods more are not the paper's. `guard-shift` is Guard with the shift kept: see `log_ratio`. With eight
+updates an epoch it was slower than Guard and kept more gold, an exact score that nothing was trained on.
+`guard-mask` keeps the shift, too, and has the mask of Flow-DPPO (arXiv 2606.11025) in place of the clip: see
+`update`. It was the fastest there, and at equal reward had the most gold.
 
 One epoch, as in the loop of `train`:
 
@@ -34,14 +35,14 @@ A run's folder has config.json, metrics.jsonl (see `log`), state.pt, and of each
 123 updates: the LoRA for diffusers, samples.png and samples.jsonl.
 
 In an epoch's first update the policy is still the one that drew the images, so the ratio is 1 and nothing is
-clipped. In the second it says how far the first update, on other images, has moved the model:
+clipped. In the next ones it says how far the updates before, on other images, have moved the model:
 
     ratio             good sample, A > 0                  bad sample, A < 0
     above 1 + clip    blocked: it has moved far enough    keeps its gradient, which points back
     below 1 - clip    keeps its gradient, points back     blocked: it has moved far enough
 
 So a narrow clip is a brake, and with a very narrow one the second update pushes against the first.
-With `guard-mask` a sample has no range until its step's KL reaches 0.655 nats, and from then on one of 0.
+With `guard-mask` a sample's range is endless until its step's KL reaches 0.655 nats, and from then on 0.
 
 Symbols, the same in all of the file; mean(...) in an equation is over the D dimensions of one sample:
 
@@ -217,13 +218,13 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     reach it the shift has moved them below. A narrow one stops some. Eq. 8 leaves the shift out and
     multiplies by s. If v moves alike at all steps, the standard deviation of Eq. 8 goes as |b|, which varies
     8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s, 26-fold. So one range comes
-    closer to fitting all steps. (With `dance` it is the other way round: 7.5-fold and 2.9-fold.) exp(Eq. 8)
+    closer to fitting all steps. (With `dance` |b| varies more, 7.5-fold, and |b| / s 2.9-fold.) exp(Eq. 8)
     is no importance ratio any more: it measures how far the new mean lies along the noise that was drawn,
     and serves as a trust region. To keep the nats at another D, `update` multiplies the range by 65,536 / D.
 
     `guard-shift` and `guard-mask` take s times Eq. 7. Its gradient with respect to mu_new is
-    (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, and not only a
-    direction.
+    (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, a bad one a place to
+    leave, and not only a direction.
 
     Departure: the authors subtract two log-probabilities, which in fp32 loses 5 % of Guard's range. Here the
     difference is written out, and is exactly 0 when v is unchanged. (A transformer that computes in fp16 or
@@ -492,7 +493,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
             delta = reweighting(step, args.eta, args.sde, args.method)
             # Eq. 12 has the ratio in place of excess: that adds delta A, which has no gradient.
             limit = torch.full_like(excess, clip)  # (B,)
-            if args.method == "guard-mask":  # a step that has moved so far may only move back
+            if args.method == "guard-mask":  # what has moved so far, and the right way, is dropped
                 moved = ((step.b * (v_new - v_old)) ** 2).flatten(1).sum(1) / (2 * step.s**2)  # (B,) nats
                 limit = torch.where(moved < MASK_KL, torch.inf, 0.0)
             clipped = excess.clamp(-limit, limit)

@@ -179,7 +179,7 @@ READINGS = {
     "reward at the end": mean_of(end("reward")),
     "gold at the end": mean_of(end("gold")),
     "above / below": outside,
-    "KL of the last step": lambda runs: f"{np.mean([run['moved'][-1] for run in runs]):.2f}",
+    "last step's KL": lambda runs: f"{np.mean([run['moved'][-1] for run in runs]):.2f}",
 }
 
 
@@ -189,7 +189,7 @@ def parts_table():
 
 def first_page_table():
     """Some of it, without the errors."""
-    columns = ("updates to a gain of 0.2", "best reward + gold", "reward at the end", "gold at the end")
+    columns = ("updates to a gain of 0.3", "best reward + gold", "reward at the end", "gold at the end")
     rows = []
     for name in FIRST_PAGE:
         runs = list(runs_of((parts("two") | parts("eight"))[name]).values())

@@ -42,7 +42,7 @@ def draw():
             for place, side, share in shares:
                 axis.text(place, i + 0.1, f" {share:.0%} ", ha=side, fontsize=8)
         axis.set(title=title, xlim=(-widest, widest), xlabel="log ratio / clip range")
-    axes[0].set(ylabel="denoising step, noisiest first", yticks=range(9), yticklabels=range(1, 10))
+    axes[0].set(ylabel="denoising step, 1 is the noisiest", yticks=range(9), yticklabels=range(1, 10))
     return figure
 
 

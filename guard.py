@@ -18,7 +18,7 @@ samplers `flow` and `cps`: see `reweighting`).
 Two methods more are not the paper's. `guard-shift` is Guard with the shift kept: see `log_ratio`. With eight
 updates an epoch it was slower than Guard and kept more gold, an exact score that nothing was trained on.
 `guard-mask` keeps the shift, too, and has the mask of Flow-DPPO (arXiv 2606.11025) in place of the clip: see
-`update`. It was the fastest there, and at equal reward had the most gold.
+`clip_range`. It was the fastest there, and at equal reward had the most gold.
 
 One epoch, as in the loop of `train`:
 
@@ -197,30 +197,11 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     that is a sum over D has the same shift. What differs is the expected ratio: E[r] = 1 for a sum, where a
     few large ratios make up for the shift, and E[r] = exp(KL / D² - KL / D) < 1 for a mean.
 
-    The clip. A range on a mean over D is D times as wide on the sum. At D = 65,536:
-
-        Flow-GRPO, 1e-4      6.6 nats, or 0.66 with 1e-5
-        Guard, 2e-6          0.131 / s nats, since Eq. 8 has the factor s: over the trained steps of SD3.5
-                             `flow` 0.2 to 0.6, `dance` 0.8 to 2.2, `cps` 0.2 to 0.5 and 16.5 at the last
-
-    Of random samples these shares lie outside (Guard's at s = 0.3):
-
-        KL, nats                              0.1        1        3        7       21
-        shift / standard deviation            0.2      0.7      1.2      1.9      3.2
-        Flow-GRPO, clip 1e-4      above         0        0   <0.01%    0.01%   <0.01%
-                                  below         0   <0.01%       7%      55%      99%
-        Flow-GRPO, clip 1e-5      above        5%      12%       7%       2%    0.04%
-                                  below       11%      60%      83%      96%     100%
-        Guard, clip 2e-6          above       16%      38%      43%      45%      47%
-                                  below       16%      38%      43%      45%      47%
-
-    So Flow-GRPO's usual range almost never stops a good sample from above: it is so wide that once ratios
-    reach it the shift has moved them below. A narrow one stops some. Eq. 8 leaves the shift out and
-    multiplies by s. If v moves alike at all steps, the standard deviation of Eq. 8 goes as |b|, which varies
-    8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s, 26-fold. So one range comes
-    closer to fitting all steps. (With `dance` |b| varies more, 7.5-fold, and |b| / s 2.9-fold.) exp(Eq. 8)
-    is no importance ratio any more: it measures how far the new mean lies along the noise that was drawn,
-    and serves as a trust region. To keep the nats at another D, `update` multiplies the range by 65,536 / D.
+    Eq. 8 leaves the shift out and multiplies by s. If v moves alike at all steps, the standard deviation of
+    Eq. 8 goes as |b|, which varies 8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s,
+    26-fold. So one clip range comes closer to fitting all steps. (With `dance` |b| varies more, 7.5-fold, and
+    |b| / s 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along
+    the noise that was drawn, and serves as a trust region.
 
     `guard-shift` and `guard-mask` take s times Eq. 7. Its gradient with respect to mu_new is
     (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, a bad one a place to
@@ -239,6 +220,39 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     if method == "mean-revised":
         return mean(d * eps) / s  # Eq. 7 without the shift
     return mean(d * eps) / s - mean(d**2) / (2 * s**2)  # Eq. 7; the second term is the left shift
+
+
+def clip_range(v_new, v_old, step: Step, method: str, clip: float) -> torch.Tensor:
+    """The clip range of ratio - 1 of each sample: (B,). v_new, v_old: (B, ...). clip: --clip at their D.
+
+    A range on a mean over D is D times as wide on the sum. At D = 65,536:
+
+        Flow-GRPO, 1e-4      6.6 nats, or 0.66 with 1e-5
+        Guard, 2e-6          0.131 / s nats, since Eq. 8 has the factor s: over the trained steps of SD3.5
+                             `flow` 0.2 to 0.6, `dance` 0.8 to 2.2, `cps` 0.2 to 0.5 and 16.5 at the last
+
+    To keep these nats at another D, `update` multiplies --clip by 65,536 / D. Of random samples these shares
+    lie outside (Guard's at s = 0.3):
+
+        KL, nats                              0.1        1        3        7       21
+        shift / standard deviation            0.2      0.7      1.2      1.9      3.2
+        Flow-GRPO, clip 1e-4      above         0        0   <0.01%    0.01%   <0.01%
+                                  below         0   <0.01%       7%      55%      99%
+        Flow-GRPO, clip 1e-5      above        5%      12%       7%       2%    0.04%
+                                  below       11%      60%      83%      96%     100%
+        Guard, clip 2e-6          above       16%      38%      43%      45%      47%
+                                  below       16%      38%      43%      45%      47%
+
+    So Flow-GRPO's usual range almost never stops a good sample from above: it is so wide that once ratios
+    reach it the shift has moved them below. A narrow one stops some.
+
+    `guard-mask` does not use --clip. Its range is endless until the step's KL reaches MASK_KL, and then 0. So
+    a sample that has moved that far loses its gradient if A (ratio - 1) > 0. That is Flow-DPPO's mask.
+    """
+    moved = ((step.b * (v_new - v_old)) ** 2).flatten(1).sum(1) / (2 * step.s**2)  # (B,) KL in nats
+    if method == "guard-mask":
+        return torch.where(moved < MASK_KL, torch.inf, 0.0)
+    return torch.full_like(moved, clip)
 
 
 def reweighting(step: Step, eta: float, sde: str, method: str) -> float:
@@ -481,7 +495,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
     # Dead groups are skipped, unless they have the gradient of a KL.
     used = [group for group in group_ids if args.kl_beta or A[group].any()]
     my_batches = [batch for batch in batches if batch.numbers[0] // args.group_size in used]
-    clip = args.clip * PAPER_D / math.prod(backbone.shape)  # see `log_ratio`
+    clip = args.clip * PAPER_D / math.prod(backbone.shape)  # see `clip_range`
     measured = torch.zeros(4, A.numel(), len(trained), dtype=torch.float64)  # of all samples, see below
     for batch in tqdm(my_batches, desc="update", leave=False, disable=RANK > 0):
         advantage = A.flatten()[batch.numbers].float().to(DEVICE)  # (B,)
@@ -492,10 +506,7 @@ def update(backbone, learner, args, schedule, batches, A, group_ids):
             excess = torch.expm1(log_ratio(v_new, v_old, eps, step.b, step.s, args.method))  # (B,)
             delta = reweighting(step, args.eta, args.sde, args.method)
             # Eq. 12 has the ratio in place of excess: that adds delta A, which has no gradient.
-            limit = torch.full_like(excess, clip)  # (B,)
-            if args.method == "guard-mask":  # what has moved so far, and the right way, is dropped
-                moved = ((step.b * (v_new - v_old)) ** 2).flatten(1).sum(1) / (2 * step.s**2)  # (B,) nats
-                limit = torch.where(moved < MASK_KL, torch.inf, 0.0)
+            limit = clip_range(v_new, v_old, step, args.method, clip)  # (B,)
             clipped = excess.clamp(-limit, limit)
             loss = -delta * torch.minimum(excess * advantage, clipped * advantage)  # (B,) Eq. 12
             kl = torch.zeros_like(excess)

@@ -90,11 +90,8 @@ def parts(updates):
 
 def at(level, x, y):
     """y where x first reaches a level, by a straight line between two evaluations; nan if it never does."""
-    reached = np.flatnonzero(x >= level)
-    if not len(reached):
-        return np.nan
-    i = reached[0]
-    return y[i] if x[i] == level else y[i - 1] + (level - x[i - 1]) / (x[i] - x[i - 1]) * (y[i] - y[i - 1])
+    i = np.argmax(x >= level)
+    return np.interp(level, x[i - 1 : i + 1], y[i - 1 : i + 1]) if x[i] >= level else np.nan
 
 
 def gain(run):

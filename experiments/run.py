@@ -87,6 +87,7 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
                                         "guard-mask")),
     "eight-shift": (range(31, 36), settings("eight", EIGHT, "mean-revised-1e-5")),
     "eight-variants": ((31, 32, 33), settings("eight", EIGHT, "flow-grpo-1e-4", "guard-5e-7")),
+    "eight-wide": (range(34, 39), settings("eight", EIGHT, "flow-grpo-1e-4")),  # added later
     "long-narrow": ((21, 22, 23), settings("long", LONG, "flow-grpo-2e-3-1e-5")),
     "long-noclip": ((22, 23), settings("long", LONG, "guard-2e-3-noclip")),
     "long-pictures": ((22,), settings("pictures", LONG, "flow-grpo-2e-3", "guard-2e-3")),

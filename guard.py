@@ -15,9 +15,9 @@ was a low learning rate or, at a high one, a clip range narrow enough to act: Gu
 Flow-GRPO's usual one. Guard learned faster: its weights give an update a better signal-to-noise ratio (with
 the samplers `flow` and `cps`, see `reweighting`).
 
-With eight updates an epoch it was the shift that kept them: it holds the policy back. So two methods more,
-which are not the paper's, are Guard with the shift kept: `guard-shift` (see `log_ratio`), and `guard-mask`,
-with the mask of Flow-DPPO (arXiv 2606.11025) in place of the clip (see `clip_range`), which was the fastest.
+With eight updates an epoch it was the shift that kept them: it holds the policy back. So one method more,
+`guard-mask`, is not the paper's: Guard with the shift kept (see `log_ratio`) and, in place of the clip, the
+mask of Flow-DPPO (arXiv 2606.11025; see `clip_range`). It was the fastest there.
 
 One epoch, as in the loop of `train`:
 
@@ -110,7 +110,7 @@ from rewards import BadInput
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if ON_GPU else torch.device("cpu")
-METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard", "guard-shift", "guard-mask")
+METHODS = ("flow-grpo", "temp-reweight", "mean-revised", "rationorm", "guard", "guard-mask")
 MASK_KL = 0.655  # nats of a step, for `guard-mask`: Flow-DPPO's 1e-5 on a mean over D = 65,536
 PAPER_D = 16 * 64 * 64  # 65,536, dimensions of a latent in the paper: 16 channels, 512 x 512 pixels
 REWARD_TIMEOUT = 600  # seconds that the rewards of a batch may take
@@ -202,7 +202,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     |b| / s 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along
     the noise that was drawn, and serves as a trust region.
 
-    `guard-shift` and `guard-mask` take s times Eq. 7. Its gradient with respect to mu_new is
+    `guard-mask` takes s times Eq. 7, which keeps the shift. Its gradient with respect to mu_new is
     (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, a bad one a place to
     leave, and not only a direction.
 
@@ -212,7 +212,7 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
     code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
-    if method in ("guard-shift", "guard-mask"):
+    if method == "guard-mask":
         return mean(d * eps) - mean(d**2) / (2 * s)  # s times Eq. 7
     if method in ("rationorm", "guard"):
         return mean(d * eps)  # Eq. 8

@@ -26,7 +26,7 @@ PARTS = {  # method, clip range -> setting, at two and at eight updates an epoch
     ("Guard", "5e-7"): "guard-5e-7",
     ("Guard", "2e-6"): "guard",
     ("Guard", "none"): "guard-noclip",
-    ("`guard-shift`", "2e-6"): "guard-shift",
+    ("Guard, shift kept", "2e-6"): "guard-shift",
     ("`guard-mask`", "none"): "guard-mask",
 }
 DRAWN = {  # 100 updates. Method, learning rate, clip range -> setting
@@ -229,7 +229,7 @@ def tests():
         ("two: gold 40, Flow-GRPO 1e-5 − 1e-4", two_narrow, two_wide, after("gold", 40)),
         ("eight: updates to 0.3, `guard-mask` − Flow-GRPO 1e-5", masked, narrow, updates_to_gain),
         ("eight: best reward + gold, `guard-mask` − Guard", masked, guarded, best),
-        ("eight: best reward + gold, `guard-shift` − Guard", shifted, guarded, best),
+        ("eight: best reward + gold, shift kept − Guard", shifted, guarded, best),
     )
     guard_low, flow_low, guard_high, flow_high = map(runs_of, (
         "long-guard-6.7e-4", "long-flow-grpo-6.7e-4", "long-guard-2e-3", "long-flow-grpo-2e-3"))

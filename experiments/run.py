@@ -5,9 +5,9 @@ writes experiments/results: evals.csv, a row an evaluation, and updates.csv, a r
 means over the updates that are not an epoch's first. Clip ranges are those at D = 65,536.
 
 What is planned, and what was added later, is in LOG.md. The runs of the plan at its top were made at commit
-df04a19, which takes clip ranges at D = 512. It has the method of eight-flow-mask, too, which is not here.
-weights-snr was made at 4244ec3. Those commits evaluated on the first held-out prompts of a
-file; guard.py now takes as many from all of it, so the levels of new runs differ a little.
+df04a19, which takes clip ranges at D = 512. It also has the methods that are not here: of eight-flow-mask, and
+of the settings in -shift. weights-snr was made at 4244ec3. Those commits evaluated on the first held-out
+prompts of a file; guard.py now takes as many from all of it, so the levels of new runs differ a little.
 """
 
 import csv
@@ -41,7 +41,6 @@ FLAGS = {f"{method}-{lr}": f"--method {method} --lr {lr}"
 FLAGS |= {f"{name}-noclip": f"{flags} --clip 1e9" for name, flags in FLAGS.items()}
 FLAGS |= {
     "guard": "--method guard --clip 2e-6",
-    "guard-shift": "--method guard-shift --clip 2e-6",
     "guard-mask": "--method guard-mask",
     "guard-5e-7": "--method guard --clip 5e-7",
     "guard-noclip": "--method guard --clip 1e9",
@@ -81,10 +80,8 @@ GROUPS = {  # group -> seeds, and name of a setting -> flags
                                     "guard-2e-3", "guard-6.7e-4-noclip", "flow-grpo-2e-3-noclip",
                                     "guard-2e-3-noclip")),
     "two": (range(31, 37), settings("two", TWO, *RIVALS)),
-    "two-variants": ((31, 32, 33), settings("two", TWO, "guard-noclip", "mean-revised-1e-5",
-                                              "guard-shift", "guard-mask")),
-    "eight": (range(31, 39), settings("eight", EIGHT, "flow-grpo-1e-5", "guard", "guard-shift",
-                                        "guard-mask")),
+    "two-variants": ((31, 32, 33), settings("two", TWO, "guard-noclip", "mean-revised-1e-5", "guard-mask")),
+    "eight": (range(31, 39), settings("eight", EIGHT, "flow-grpo-1e-5", "guard", "guard-mask")),
     "eight-shift": (range(31, 36), settings("eight", EIGHT, "mean-revised-1e-5")),
     "eight-variants": ((31, 32, 33), settings("eight", EIGHT, "flow-grpo-1e-4", "guard-5e-7")),
     "eight-wide": (range(34, 39), settings("eight", EIGHT, "flow-grpo-1e-4")),  # added later

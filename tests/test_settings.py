@@ -44,8 +44,8 @@ EPOCHS = dict(
 
 @pytest.mark.parametrize("model", OF_MODEL)
 def test_the_settings_of_the_paper(model, tmp_path):
-    of_guard = ("guard", "rationorm", "guard-shift", "guard-mask")
-    of_baseline = ("flow-grpo", "temp-reweight", "mean-revised")
+    of_guard, of_baseline = (
+        ("guard", "rationorm", "guard-mask"), ("flow-grpo", "temp-reweight", "mean-revised"))
     given = make_model(tmp_path / "model", model)
     for task in CLIP:
         for column, methods in enumerate((of_guard, of_baseline)):

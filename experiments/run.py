@@ -5,8 +5,8 @@ writes experiments/results: evals.csv, a row an evaluation, and updates.csv, a r
 means over the updates that are not an epoch's first. Clip ranges are those at D = 65,536.
 
 What is planned, and what was added later, is in LOG.md. The runs of the plan at its top were made at commit
-df04a19, which takes clip ranges at D = 512. It also has the methods that are not here: of eight-flow-mask, and
-of the settings in -shift. weights-snr was made at 4244ec3. Those commits evaluated on the first held-out
+df04a19, which takes clip ranges at D = 512. It also has the methods of eight-flow-mask and of the settings in
+-shift, which are not here. weights-snr was made at 4244ec3. Those commits evaluated on the first held-out
 prompts of a file; guard.py now takes as many from all of it, so the levels of new runs differ a little.
 """
 

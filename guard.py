@@ -15,7 +15,7 @@ was a low learning rate or, at a high one, a clip range narrow enough to act: Gu
 Flow-GRPO's usual one. Guard learned faster: its weights give an update a better signal-to-noise ratio (with
 the samplers `flow` and `cps`, see `reweighting`).
 
-With eight updates an epoch it was the shift that kept them: it holds the policy back. So one method more,
+With eight updates an epoch the shift helped: at one clip range it holds the policy back. So one method more,
 `guard-mask`, is not the paper's: Guard with the shift kept (see `log_ratio`) and, in place of the clip, the
 mask of Flow-DPPO (arXiv 2606.11025; see `clip_range`). It was the fastest there.
 
@@ -26,8 +26,8 @@ One epoch, as in the loop of `train`:
     1. sample      per prompt, G images with the SDE sampler; keep x, v and eps of every trained step
     2. reward      score the images, on a thread, while the next ones are being sampled
     3. advantage   A = (reward - average of its group) / (standard deviation of its group)
-    4. update      twice, on half of the groups each: run the model again on the kept x; ratio; clip; delta;
-                   backward; one AdamW step
+    4. update      twice or more, each time on a share of the groups: run the model again on the kept x;
+                   ratio; clip; delta; backward; one AdamW step
     5. save        a line in metrics.jsonl, and state.pt for --resume
 
 A run's folder has config.json, metrics.jsonl (see `log`), state.pt, and of each evaluation lora-000123, after
@@ -198,17 +198,17 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
     Eq. 8 leaves the shift out and multiplies by s. If v moves alike at all steps, the standard deviation of
     Eq. 8 goes as |b|, which varies 8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s,
-    26-fold. So one clip range comes closer to fitting all steps. (With `dance` |b| varies more, 7.5-fold, and
-    |b| / s 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along
-    the noise that was drawn, and serves as a trust region.
+    26-fold. So one clip range comes closer to fitting all steps. (With `dance` it is the reverse: |b| 7.5-fold
+    and |b| / s 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies
+    along the noise that was drawn, and serves as a trust region.
 
     `guard-mask` takes s times Eq. 7, which keeps the shift. Its gradient with respect to mu_new is
     (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, a bad one a place to
     leave, and not only a direction.
 
-    Departure: the authors subtract two log-probabilities, which in fp32 loses 5 % of Guard's range. Here the
-    difference is written out, and is exactly 0 when v is unchanged. (A transformer that computes in fp16 or
-    bf16 rounds v, which moves the ratio by more.) Departure: each sample has its own shift; the authors'
+    Departure: the authors subtract two log-probabilities, which in fp32 errs by 5 % of Guard's range. Here
+    the difference is written out, and is exactly 0 when v is unchanged. (A transformer that computes in fp16
+    or bf16 rounds v, which moves the ratio by more.) Departure: each sample has its own shift; the authors'
     code averages it over the batch.
     """
     d = b * (v_new - v_old)  # (B, ...), mu_new - mu_old
@@ -700,7 +700,7 @@ BASELINES = dict.fromkeys(("flow-grpo", "temp-reweight", "mean-revised"), dict(l
 SD3_ROWS = BASELINES | {
     "geneval": dict(epochs=930),
     "pickscore": dict(epochs=510, clip=4e-6),
-    "dance": dict(eta=0.3, same_noise=True),
+    "dance": dict(eta=0.3, same_noise=True),  # theirs has 16 steps, 720 pixels and groups of 12 as well
 }
 FLUX_ROWS = SD3_ROWS | {  # its lr has no primary source
     "all": dict(steps=6, eval_steps=28, eta=0.9, guidance=3.5, lr=2e-4, dtype="bfloat16",

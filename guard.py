@@ -198,9 +198,9 @@ def log_ratio(v_new, v_old, eps, b: float, s: float, method: str) -> torch.Tenso
 
     Eq. 8 leaves the shift out and multiplies by s. If v moves alike at all steps, the standard deviation of
     Eq. 8 goes as |b|, which varies 8-fold over the steps of SD3.5 with `flow`; that of Eq. 7 goes as |b| / s,
-    26-fold. So one clip range comes closer to fitting all steps. (With `dance` it is the reverse: |b| 7.5-fold
-    and |b| / s 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies
-    along the noise that was drawn, and serves as a trust region.
+    26-fold. So one clip range comes closer to fitting all steps. (With `dance` it is the reverse: 7.5-fold
+    and 2.9-fold.) exp(Eq. 8) is no importance ratio any more: it measures how far the new mean lies along
+    the noise that was drawn, and serves as a trust region.
 
     `guard-mask` takes s times Eq. 7, which keeps the shift. Its gradient with respect to mu_new is
     (x_next - mu_new) / (s D), where that of Eq. 8 is eps / D: a good sample is a target, a bad one a place to

@@ -248,10 +248,10 @@ def clip_range(v_new, v_old, step: Step, method: str, clip: float) -> torch.Tens
     `guard-mask` does not use --clip. Its range is endless until the step's KL reaches MASK_KL, and then 0. So
     a sample that has moved that far loses its gradient if A (ratio - 1) > 0. That is Flow-DPPO's mask.
     """
+    if method != "guard-mask":
+        return v_new.new_full((len(v_new),), clip)
     moved = ((step.b * (v_new - v_old)) ** 2).flatten(1).sum(1) / (2 * step.s**2)  # (B,) KL in nats
-    if method == "guard-mask":
-        return torch.where(moved < MASK_KL, torch.inf, 0.0)
-    return torch.full_like(moved, clip)
+    return torch.where(moved < MASK_KL, torch.inf, 0.0)
 
 
 def reweighting(step: Step, eta: float, sde: str, method: str) -> float:
